@@ -1,0 +1,1 @@
+"""Figures and the offline report. Reads result files only."""

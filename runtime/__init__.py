@@ -1,0 +1,1 @@
+"""The core: types, command line, matrix, launching, measuring, checking, statistics, writing."""

@@ -1,0 +1,317 @@
+"""Every GB/s by a named formula: bytes counted from the workload over a measured time, 1 GB = 1e9 bytes.
+
+The numerators in circulation differ by up to a factor of four for the same transfer (per selection, per
+unique token-rank row, per unique token-node row), so results store counts and each number names its formula:
+
+    gbps("busbw", document, "call", time_us)            document: mapping with the result's "case" and "bytes"
+    gbps("remote", document, "dispatch", time_us, of=3)
+
+Collectives: all numerators follow nccl-tests (doc/PERFORMANCE.md and src/*.cu, version 2.19.6). S is its size
+column: the bytes of a rank's buffer for all_reduce, broadcast, reduce, sendrecv and all_to_all (own share
+included), of the whole gathered or unreduced buffer for all_gather and reduce_scatter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+from .errors import unknown
+from .types import DTYPE_BYTES, Collective, Moe
+
+IMPLAUSIBLE_SHARE = 1.02
+FP8_BLOCK = 128  # values that share one float32 scale
+_DEEPEP_LL_HEADER = 16  # DeepEP's low-latency bench counts a 16-byte header with every fp8 row
+
+Document = Mapping[str, Any]
+PerRank = Callable[[Document, str], "list[float] | None"]
+
+# What a timed component moves. A floor moves what its operation moves; anything else moves nothing counted.
+_PARTS = {"dispatch": ("dispatch",), "combine": ("combine",), "roundtrip": ("dispatch", "combine")}
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A named bandwidth.
+
+    definition   its numerator, in a sentence
+    source       who counts like this, and where
+    quoted       how its source quotes it: the mean over ranks, or the total of all ranks
+    per_rank     (document, part) -> bytes of each rank, or None where the document does not tell;
+                 part is "call", "dispatch" or "combine"
+    """
+
+    name: str
+    family: str
+    definition: str
+    source: str
+    per_rank: PerRank
+    quoted: Literal["mean", "total"] = "mean"
+    unit: ClassVar[str] = "GB/s"
+
+
+def gbps(
+    name: str,
+    document: Document,
+    component: str,
+    time_us: float,
+    of: int | Literal["mean", "total"] | None = None,
+) -> float | None:
+    """Bandwidth of one component by one formula; the caller chooses the time (average, max, a percentile).
+
+    of   a rank, the "mean" over ranks, the "total" of all ranks, or None for what the formula's source quotes
+    None where the document has no such bytes or the time is not above 0. Raises UserError for an unknown
+    name and ValueError for a formula of another family.
+    """
+    if name not in FORMULAS:
+        raise unknown("bandwidth formula", name, FORMULAS)
+    formula = FORMULAS[name]
+    if formula.family != document["bytes"]["family"]:
+        raise ValueError(f"{name} is a formula for {formula.family}")
+    per_rank = _bytes(formula, document, component)
+    if per_rank is None or time_us <= 0:
+        return None
+    of = formula.quoted if of is None else of
+    if of == "total":
+        moved = sum(per_rank)
+    elif of == "mean":
+        moved = sum(per_rank) / len(per_rank)
+    else:
+        moved = per_rank[of]
+    return moved / time_us / 1e3  # bytes per microsecond are MB/s
+
+
+def limit_share(achieved_gbps: float, limit_gbps: float) -> float:
+    """Achieved over limit, both in GB/s of one direction of one rank; see `implausible`."""
+    return achieved_gbps / limit_gbps
+
+
+def implausible(share: float) -> bool:
+    """More than 2 % above a physical limit: something was not moved, not timed, or not counted right."""
+    return share > IMPLAUSIBLE_SHARE
+
+
+def row_bytes(shape: Moe, component: str) -> int:
+    """Bytes of one row: combine always bf16, 2H; dispatch 2H, or for fp8 H and a float32 scale per 128."""
+    if component == "dispatch" and shape.dtype == "fp8":
+        return shape.hidden + 4 * -(-shape.hidden // FP8_BLOCK)
+    return 2 * shape.hidden
+
+
+def moe_bytes(
+    shape: Moe, ranks: Sequence[Mapping[str, Any]], wire: Sequence[Mapping[str, int]] | None = None
+) -> dict[str, Any]:
+    """The result's `bytes` for an exchange. `ranks`: from counts.count; `wire`: from each rank's backend.
+
+    meta_bytes is what a dispatched row carries beside its values in any library, an int32 expert id and a
+    float32 weight per pick; no formula includes it.
+    """
+    return {
+        "family": "moe",
+        "row_bytes": {part: row_bytes(shape, part) for part in ("dispatch", "combine")},
+        "meta_bytes": 8 * shape.topk,
+        "ranks": list(ranks),
+        "wire": None if wire is None else [dict(w) for w in wire],
+    }
+
+
+def collective_bytes(shape: Collective, ranks: int) -> dict[str, Any]:
+    """The result's `bytes` for a collective: the size that was realised and the one that was requested."""
+    size = collective_counts(shape.op, shape.bytes, shape.dtype, ranks)[2]
+    return {"family": "collective", "size": size, "requested": shape.bytes}
+
+
+def collective_counts(op: str, size: int, dtype: str, ranks: int) -> tuple[int, int, int]:
+    """Elements of a rank's input, of its output, and the realised S in bytes, for a requested S of `size`.
+
+    A shared-out buffer has the same whole number of elements for each rank, rounded down, at least one
+    (nccl-tests rounds to 16 bytes, down to nothing): the realised S may differ from the requested one.
+    """
+    width = DTYPE_BYTES[dtype]
+    if op in ("all_reduce", "broadcast", "reduce", "sendrecv"):
+        count = max(1, size // width)
+        return count, count, count * width
+    chunk = max(1, size // width // ranks)
+    whole = ranks * chunk
+    if op == "all_gather":
+        return chunk, whole, whole * width
+    if op == "reduce_scatter":
+        return whole, chunk, whole * width
+    if op == "all_to_all":
+        return whole, whole, whole * width
+    raise ValueError(f"no element counts for {op!r}")
+
+
+def bus_factor(op: str, ranks: int) -> float:
+    """busbw / algbw: what a rank's link must carry, at least, for each byte of S (nccl-tests)."""
+    if op == "all_reduce":
+        return 2 * (ranks - 1) / ranks
+    if op in ("all_gather", "reduce_scatter", "all_to_all"):
+        return (ranks - 1) / ranks
+    if op in ("broadcast", "reduce", "sendrecv"):
+        return 1.0
+    raise ValueError(f"no bus bandwidth factor for {op!r}")
+
+
+def _bytes(formula: Formula, document: Document, component: str) -> list[float] | None:
+    parts: Sequence[str] = ("call",)
+    if formula.family == "moe":
+        parts = _PARTS.get(component.removesuffix("_floor"), ())
+    moved = [formula.per_rank(document, part) for part in parts]
+    known = [m for m in moved if m is not None]
+    if not known or len(known) < len(moved):
+        return None
+    return [sum(of_rank) for of_rank in zip(*known, strict=True)]
+
+
+def _algbw(document: Document, part: str) -> list[float]:
+    return [float(document["bytes"]["size"])] * document["case"]["ranks"]
+
+
+def _busbw(document: Document, part: str) -> list[float]:
+    factor = bus_factor(document["case"]["shape"]["op"], document["case"]["ranks"])
+    return [factor * size for size in _algbw(document, part)]
+
+
+def _wire(document: Document, part: str) -> list[float] | None:
+    wire = document["bytes"]["wire"]
+    if wire is None or any(part not in of_rank for of_rank in wire):
+        return None
+    return [float(of_rank[part]) for of_rank in wire]
+
+
+# Rows of one rank, by entry of bytes.ranks. Combine sends back what dispatch received.
+
+
+def _rows(rows: Callable[[Mapping[str, Any], str], int]) -> PerRank:
+    """Bytes from rows: times the row size of the part."""
+
+    def per_rank(document: Document, part: str) -> list[float]:
+        row = document["bytes"]["row_bytes"][part]
+        return [float(rows(entry, part) * row) for entry in document["bytes"]["ranks"]]
+
+    return per_rank
+
+
+def _sent(entry: Mapping[str, Any], part: str) -> Mapping[str, int]:
+    return entry["rows_sent" if part == "dispatch" else "rows_received"]
+
+
+def _logical(entry: Mapping[str, Any], part: str) -> int:
+    return sum(_sent(entry, part).values())
+
+
+def _remote(entry: Mapping[str, Any], part: str) -> int:
+    return _logical(entry, part) - _sent(entry, part)["self"]
+
+
+def _received(entry: Mapping[str, Any], part: str) -> int:
+    return sum(entry["rows_received"].values())
+
+
+def _selections(entry: Mapping[str, Any], part: str) -> int:
+    return entry["selections"]
+
+
+def _nccl_ep(entry: Mapping[str, Any], part: str, *, link: str, side: str) -> int:
+    """The token owner's side counts unique (token, node), the expert's side unique (token, rank)."""
+    if (side == "send") == (part == "dispatch"):
+        total, rdma = sum(entry["node_rows_sent"].values()), entry["node_rows_sent"]["other"]
+    else:
+        total, rdma = sum(entry["rows_received"].values()), entry["rows_received"]["scale_out"]
+    return {"total": total, "nvl": total - rdma, "rdma": rdma}[link]
+
+
+def _deepep_low_latency(document: Document, part: str) -> list[float]:
+    fp8 = part == "dispatch" and document["case"]["shape"]["dtype"] == "fp8"
+    row = document["bytes"]["row_bytes"][part] + (_DEEPEP_LL_HEADER if fp8 else 0)
+    return [float(entry["selections"] * row) for entry in document["bytes"]["ranks"]]
+
+
+def _nccl_ep_formulas() -> list[Formula]:
+    said = {
+        "total_send": "unique (token, node) rows, own node included",
+        "nvl_send": "unique (token, node) rows to the own node",
+        "rdma_send": "unique (token, node) rows to other nodes",
+        "total_recv": "unique (source token, rank) rows received, own included",
+        "nvl_recv": "unique (source token, rank) rows received from the own node, own included",
+        "rdma_recv": "unique (source token, rank) rows received from other nodes",
+    }
+    formulas = []
+    for name, definition in said.items():
+        link, side = name.split("_")
+        sentence = f"Dispatch: {definition}; combine swaps send and recv."
+        source = "NCCL contrib/nccl_ep ep_bench 0.1.0, high-throughput metrics"
+        formulas.append(
+            Formula(name, "moe", sentence, source, _rows(partial(_nccl_ep, link=link, side=side)))
+        )
+    return formulas
+
+
+FORMULAS: Mapping[str, Formula] = {
+    formula.name: formula
+    for formula in (
+        Formula("algbw", "collective", "The size S of the operation.", "nccl-tests 2.19.6", _algbw),
+        Formula(
+            "busbw",
+            "collective",
+            "S times what a rank's link must carry for each byte of it: 2(n-1)/n for all_reduce, (n-1)/n for "
+            "all_gather, reduce_scatter and all_to_all, 1 for broadcast, reduce and sendrecv.",
+            "nccl-tests 2.19.6, doc/PERFORMANCE.md",
+            _busbw,
+        ),
+        Formula(
+            "logical",
+            "moe",
+            "Unique (token, rank) rows that the rank sends, those to itself included.",
+            "CollectiveX",
+            _rows(_logical),
+        ),
+        Formula(
+            "remote",
+            "moe",
+            "Unique (token, rank) rows that the rank sends to other ranks.",
+            "CollectiveX",
+            _rows(_remote),
+        ),
+        Formula(
+            "wire",
+            "moe",
+            "Bytes that the library itself says it sends, padding and metadata included.",
+            "the backend",
+            _wire,
+        ),
+        *_nccl_ep_formulas(),
+        Formula(
+            "deepep_normal",
+            "moe",
+            "Unique (token, rank) rows that arrive in dispatch, the rank's own included; both ways.",
+            "DeepEP tests/test_intranode.py (NVL column); MoRI and UCCL count alike",
+            _rows(_received),
+        ),
+        Formula(
+            "per_selection",
+            "moe",
+            "One row for each valid (token, expert) pick, whether or not rows are shared.",
+            "NCCL contrib/nccl_ep ep_bench 0.1.0 low-latency; mscclpp run_ep_bench_python.py",
+            _rows(_selections),
+        ),
+        Formula(
+            "deepep_low_latency",
+            "moe",
+            "per_selection, with 16 more bytes for each fp8 row.",
+            "DeepEP tests/test_low_latency.py",
+            _deepep_low_latency,
+        ),
+        Formula(
+            "flashinfer",
+            "moe",
+            "remote, summed over all ranks.",
+            "FlashInfer benchmarks/routines/moe_comm.py",
+            _rows(_remote),
+            quoted="total",
+        ),
+    )
+}

@@ -1,0 +1,99 @@
+"""What this machine has, without torch and in well under 0.1 s: from the kernel, else nvidia-smi."""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Machine:
+    """vendor "nvidia", "amd" or "cpu"; `gpus` one product name (or gfx architecture) per usable GPU."""
+
+    vendor: str
+    gpus: tuple[str, ...]
+    cpu_model: str
+    cores: int
+
+    @property
+    def product(self) -> str:
+        """Slug for the topology class: "h200", "gfx942", "amd-epyc"."""
+        if not self.gpus:
+            return slug(self.cpu_model)
+        return slug(re.sub(r"^(NVIDIA|AMD|Tesla)\s+", "", self.gpus[0]))
+
+
+@cache
+def machine(root: Path = Path("/")) -> Machine:
+    """This machine. `root` stands in for / in tests."""
+    model, cores = _cpu(root)
+    nvidia = _nvidia_from_kernel(root)
+    if nvidia is None and root == Path("/"):
+        nvidia = _nvidia_from_smi()
+    amd = () if nvidia else _amd(root)
+    vendor = "nvidia" if nvidia else "amd" if amd else "cpu"
+    return Machine(vendor, nvidia or amd, model, cores)
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
+
+
+def _nvidia_from_kernel(root: Path) -> tuple[str, ...] | None:
+    """Product names of the GPUs whose device file is here, or None when the driver is not visible.
+
+    A container sees the /proc entries of the whole host, but only the device files it was given.
+    """
+    folder = root / "proc/driver/nvidia/gpus"
+    if not folder.is_dir():
+        return None
+    found: list[tuple[int, str]] = []
+    for file in folder.glob("*/information"):
+        facts = dict(re.findall(r"^([^:\n]+):[ \t]*(.*?)[ \t]*$", file.read_text(), re.MULTILINE))
+        minor = int(facts.get("Device Minor", "-1"))
+        if (root / f"dev/nvidia{minor}").exists():
+            found.append((minor, facts.get("Model", "unknown")))
+    return tuple(model for _, model in sorted(found))
+
+
+def _nvidia_from_smi() -> tuple[str, ...]:
+    """For drivers without /proc entries (WSL)."""
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
+    except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired):
+        return ()
+    return tuple(re.findall(r"^GPU \d+: (.+?) \(UUID", done.stdout, re.MULTILINE))
+
+
+def _amd(root: Path) -> tuple[str, ...]:
+    """gfx architectures of the KFD nodes that have SIMDs (the CPUs are nodes too, with none).
+
+    `gfx_target_version` is major * 10000 + minor * 100 + stepping: 90402 is gfx942 (stepping in hex).
+    """
+    found = []
+    for file in sorted(root.glob("sys/class/kfd/kfd/topology/nodes/*/properties"), key=_node_number):
+        facts = dict(line.split(maxsplit=1) for line in file.read_text().splitlines() if " " in line)
+        if int(facts.get("simd_count", "0")):
+            version = int(facts.get("gfx_target_version", "0"))
+            found.append(f"gfx{version // 10000}{version // 100 % 100}{version % 100:x}")
+    return tuple(found)
+
+
+def _node_number(file: Path) -> int:
+    return int(file.parent.name)
+
+
+def _cpu(root: Path) -> tuple[str, int]:
+    """Model name and number of logical cores. Arm kernels give no name, so the architecture stands in."""
+    other = platform.machine() or "unknown"
+    try:
+        text = (root / "proc/cpuinfo").read_text()
+    except OSError:
+        return other, 1
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    cores = re.findall(r"^processor\s*:", text, re.MULTILINE)
+    return (model[1].strip() if model else other), max(1, len(cores))

@@ -1,0 +1,149 @@
+"""Result documents: the one place that knows their form (schema/result.v1.json) on the writing side.
+
+Both halves build them: the worker for cells that ran, the supervisor for those that did not. Standard library
+only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .stats import reduce_ranks, rounded, summarise
+from .types import CONTRACT, RESULT_SCHEMA, Case, Cell, Check, Series, Status, case_to_json, comparison_key
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and under what name a cell runs: everything about it that is not the case itself."""
+
+    execution: str
+    allocation: str
+    suite: str
+    sku: str
+    topology_class: str
+    runs: int = 1
+    order: str = "declared"
+    limits: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass
+class Outcome:
+    """What a worker found out about one cell. Series are this rank's; everything else is rank 0's."""
+
+    checks: list[Check] = field(default_factory=list)
+    series: list[Series] = field(default_factory=list)
+    first_call_us: float | None = None
+    bytes: Mapping[str, Any] | None = None
+    routing_proof: Mapping[str, Any] | None = None
+    realised: Mapping[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def now() -> str:
+    """UTC, to the second, as results carry it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def empty(
+    cell: Cell, place: Place, status: Status, reason: str | None, position: int = 0, facts: Any = None
+) -> dict[str, Any]:
+    """A record without measurements: the form every cell starts from, and what one that never ran ends as.
+
+    facts   backends.base.Facts, or None when the backend could not be loaded
+    """
+    case = cell.case
+    return {
+        "schema": RESULT_SCHEMA,
+        "contract": CONTRACT,
+        "identity": {
+            "cell_id": cell.id,
+            "case_id": case.id,
+            "run": cell.run,
+            "suite": place.suite,
+            "sku": place.sku,
+            "topology_class": place.topology_class,
+            "execution": place.execution,
+            "allocation": place.allocation,
+            "created_at": now(),
+        },
+        "case": case_to_json(case),
+        "status": str(status),
+        "reason": reason,
+        "measurements": [],
+        "correctness": None,
+        "first_call_us": None,
+        "bytes": None,
+        "routing_proof": None,
+        "knobs": {name: {"requested": value, "realised": None} for name, value in case.knobs},
+        "backend": _backend(case, facts),
+        "timing_split": {},
+        "provenance": None,
+        "design": {
+            "runs": place.runs,
+            "order": place.order,
+            "position": position,
+            "inference": "runs" if place.runs >= 3 else "none",
+        },
+        "failure": None,
+        "teardown": None,
+        "limits": [dict(limit) for limit in place.limits] or None,
+        "warnings": [],
+        "samples": None,
+    }
+
+
+def _backend(case: Case, facts: Any) -> dict[str, Any]:
+    variant: Any = facts.variant(case) if facts is not None else None
+    exchange = variant if variant is not None and variant.family == "moe" else None
+    return {
+        "layout": exchange.layout if exchange else None,
+        "combine": exchange.combine if exchange else None,
+        "casts": exchange.casts if exchange else None,
+        "paired": variant is not None and variant.paired,
+        "graph_safe": variant is not None and variant.graph_safe,
+        "validated": facts.validated if facts is not None else "contract-only",
+        "window": dict(variant.window) if variant is not None else {},
+    }
+
+
+def measurement(
+    case: Case, topology_class: str, series: Series, per_rank: Sequence[Sequence[float]]
+) -> dict[str, Any]:
+    """One component in one regime, ranks already gathered: reduce across ranks first, then over iterations.
+
+    per_rank   ranks x samples, microseconds
+    """
+    reduced = reduce_ranks([list(samples) for samples in per_rank])
+    return {
+        "component": series.component,
+        "regime": series.regime,
+        "comparison_key": comparison_key(case, series.regime, topology_class),
+        "unit": "us",
+        "headline": series.headline,
+        "per_sample": series.per_sample,
+        "trials": series.trials,
+        **{name: summarise(reduced[name]) for name in ("max", "median", "min", "spread")},
+        "settled": series.settled,
+        "stop_reason": series.stop_reason,
+        "health": {name: rounded(value) for name, value in series.health.items()},
+    }
+
+
+def sidecar_entry(series: Series, per_rank: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """The raw samples of one series as the sidecar carries them, microseconds to the nanosecond."""
+    return {
+        "component": series.component,
+        "regime": series.regime,
+        "trials": series.trials,
+        "per_sample": series.per_sample,
+        "per_rank_us": [[rounded(value) for value in samples] for samples in per_rank],
+    }
+
+
+def correctness(checks: Sequence[Check]) -> dict[str, Any]:
+    """The verdict and every check behind it. No checks at all is not a pass."""
+    return {"passed": bool(checks) and all(c.passed for c in checks), "checks": [asdict(c) for c in checks]}

@@ -1,0 +1,237 @@
+"""The process environment: who this rank is, which settings may enter a result, what a child inherits.
+
+The only file that reads `os.environ`. Every reader takes the mapping as an argument, so tests pass their own.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import pwd
+import re
+import secrets
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from .errors import UserError
+from .launched import RankEnvironment, read_rank
+from .redact import SECRET_NAME, Private, Redactor
+from .settings import publishable
+
+# ------------------------------------------------------------------------------------ ranks and scheduler
+
+
+def rank_environment(
+    master_address: str | None = None,
+    master_port: int | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> RankEnvironment:
+    """Who this process is, from torchrun (also what `cx run` sets), Open MPI, MPICH or Slurm.
+
+    The master comes from the arguments, else MASTER_ADDR and MASTER_PORT; on one node the address defaults to
+    loopback. Raises UserError when the variables are incomplete or contradict each other.
+    """
+    return read_rank(os.environ if environ is None else environ, master_address, master_port)
+
+
+_SLURM_FACTS = {
+    "job_id": "SLURM_JOB_ID",
+    "step_id": "SLURM_STEP_ID",
+    "array_task_id": "SLURM_ARRAY_TASK_ID",
+    "restarts": "SLURM_RESTART_COUNT",
+    "nodes": "SLURM_JOB_NUM_NODES",
+    "tasks": "SLURM_STEP_NUM_TASKS",
+}
+
+
+def inside_allocation(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether this process belongs to a Slurm job."""
+    return "SLURM_JOB_ID" in (os.environ if environ is None else environ)
+
+
+def scheduler_facts(environ: Mapping[str, str] | None = None) -> dict[str, str | int] | None:
+    """Numbers of the job, or None outside one. No account, partition, node list, user or job name."""
+    env = os.environ if environ is None else environ
+    if not inside_allocation(env):
+        return None
+    facts: dict[str, str | int] = {"kind": "slurm"}
+    for fact, name in _SLURM_FACTS.items():
+        if re.fullmatch(r"[0-9]{1,12}", env.get(name, "")):
+            facts[fact] = int(env[name])
+    return facts
+
+
+# --------------------------------------------------------------------------------------------- settings
+
+
+def communication_settings(key: str, environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables that steer communication, as they may be published (see settings.py), sorted by name.
+
+    Read it after set-up: without `environ` it reads the C environment, where NCCL puts what it found in
+    nccl.conf.
+    """
+    return publishable(_live() if environ is None else environ, key, Redactor(private()))
+
+
+def _live() -> dict[str, str]:
+    """The environment as C sees it. `os.environ` is a copy made at start: what a library sets afterwards
+    with setenv (NCCL does, for every line of nccl.conf) is not in it."""
+    try:
+        block = ctypes.POINTER(ctypes.c_char_p).in_dll(ctypes.CDLL(None), "environ")
+    except (OSError, ValueError):
+        return dict(os.environ)
+    out: dict[str, str] = {}
+    index = 0
+    while block and (entry := block[index]) is not None:
+        name, _, value = entry.decode(errors="surrogateescape").partition("=")
+        out.setdefault(name, value)
+        index += 1
+    return out
+
+
+# --------------------------------------------------------------------------------------------- children
+
+# NVLink multicast (NVLS) off, in the spelling each library really honours. On some machines a program that
+# uses multicast takes the GPUs of the whole host out of service, so a child must never lose these.
+MULTICAST_OFF = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "NVSHMEM_DISABLE_NVLS": "1",
+    "MSCCLPP_FORCE_DISABLE_NVLS": "1",
+}
+_OFF_WORDS = {"0": ("0", "false", "no", "off"), "1": ("1", "true", "yes", "on")}
+
+
+def multicast_settings(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variable -> "off", "on" or "unset" (the library decides) for NVLink multicast."""
+    env = os.environ if environ is None else environ
+    out = {}
+    for name, off in MULTICAST_OFF.items():
+        value = env.get(name, "").strip().lower()
+        out[name] = "unset" if not value else "off" if value in _OFF_WORDS[off] else "on"
+    return out
+
+
+def child_environment(
+    extra: Mapping[str, str],
+    rank: RankEnvironment | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """The environment of a process we start: ours, then `extra`, then the variables of its rank.
+
+    One multicast switch turned off here means that this machine must not use multicast: the child then has
+    all four off. Raises UserError when `extra`, or another variable of ours, would turn one on.
+    """
+    env = os.environ if environ is None else environ
+    child = {**env, **extra, **(rank.variables() if rank else {})}
+    settings = multicast_settings(env)
+    off = [name for name, state in settings.items() if state == "off"]
+    if off:
+        for name, state in multicast_settings(child).items():
+            if state == "on":
+                problem = (
+                    f"{name}={child[name]} turns NVLink multicast on, but {off[0]}={env[off[0]]} forbids it"
+                )
+                raise UserError(problem, f"remove {name}, or set {name}={MULTICAST_OFF[name]}")
+        child.update(MULTICAST_OFF)
+    return child
+
+
+def python_path(environ: Mapping[str, str] | None = None) -> list[str]:
+    """The entries of PYTHONPATH."""
+    env = os.environ if environ is None else environ
+    return [entry for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry]
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it ends (Linux; elsewhere nothing)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL), 0, 0, 0)
+
+
+def without_git(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Our environment without GIT_*: a git hook's GIT_DIR would answer for another repository."""
+    env = os.environ if environ is None else environ
+    return {name: value for name, value in env.items() if not name.startswith("GIT_")}
+
+
+# ------------------------------------------------------------------------------------- folders and names
+
+
+def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """$XDG_CACHE_HOME/collectivex, else ~/.cache/collectivex, else one in the temporary folder."""
+    return _user_folder("XDG_CACHE_HOME", ".cache", environ)
+
+
+def _user_folder(variable: str, default: str, environ: Mapping[str, str] | None) -> Path:
+    env = os.environ if environ is None else environ
+    for base in (env.get(variable, ""), os.path.join(env.get("HOME", ""), default)):
+        if os.path.isabs(base):  # the XDG specification: relative paths are to be ignored
+            return Path(base) / "collectivex"
+    return Path(tempfile.gettempdir()) / f"collectivex-{os.getuid()}"
+
+
+def user_key(fallback: str | None = None, environ: Mapping[str, str] | None = None) -> str:
+    """32 random bytes in hex, one per installation: $XDG_STATE_HOME/collectivex/key, mode 0600, made at first
+    use. With it a host has the same hash in every result.
+
+    Where the file can neither be read nor made, `fallback` (one key for the execution, so that its ranks
+    agree), else a key of this process alone.
+    """
+    path = _user_folder("XDG_STATE_HOME", ".local/state", environ) / "key"
+    with contextlib.suppress(OSError):
+        for _ in range(2):
+            key = _read_key(path)
+            if key is not None:
+                return key
+            _make_key(path)
+    return fallback if fallback is not None else secrets.token_hex(32)
+
+
+def _read_key(path: Path) -> str | None:
+    try:
+        text = path.read_text(encoding="ascii", errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    if path.stat().st_mode & 0o077:
+        path.chmod(0o600)
+    if re.fullmatch("[0-9a-f]{64}", text):
+        return text
+    path.unlink()
+    return None
+
+
+def _make_key(path: Path) -> None:
+    """Linking a finished file into place: of several ranks at once one wins, none reads half a key."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".key-")
+    try:
+        os.write(handle, secrets.token_hex(32).encode())
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        os.close(handle)
+        os.unlink(temporary)
+
+
+def private(environ: Mapping[str, str] | None = None) -> Private:
+    """What names this machine, its people and their secrets (see redact.Redactor)."""
+    env = os.environ if environ is None else environ
+    host_names = ("HOSTNAME", "HOST", "SLURMD_NODENAME", "SLURM_SUBMIT_HOST", "MASTER_ADDR")
+    user_names = ("USER", "LOGNAME", "SUDO_USER", "USERNAME", "SLURM_JOB_USER", "SLURM_JOB_ACCOUNT")
+    hosts = [socket.gethostname(), *(env.get(name, "") for name in host_names)]
+    users = [env.get(name, "") for name in user_names]
+    homes = [env.get("HOME", ""), env.get("SLURM_SUBMIT_DIR", "")]
+    with contextlib.suppress(KeyError):  # a container's user id need not have a passwd entry
+        entry = pwd.getpwuid(os.getuid())
+        users.append(entry.pw_name)
+        homes.append(entry.pw_dir)
+    hidden = tuple(value for name, value in env.items() if SECRET_NAME.search(name) and len(value) >= 8)
+    return Private(tuple(filter(None, hosts)), tuple(filter(None, users)), tuple(filter(None, homes)), hidden)

@@ -1,0 +1,255 @@
+"""`cx run`: plan, start rank processes here, account for every requested cell, summarise.
+
+The order of things is the flow of the design: load, expand, record what is unsupported, then shard by shard
+(one backend, one run, one fresh group of processes) until every cell has exactly one record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from . import document, environment, matrix, registry
+from .document import Place
+from .errors import CollectiveXError, UserError
+from .heartbeat import read
+from .manifest import Manifest
+from .matrix import Planned
+from .processes import LocalGroup
+from .progress import Progress
+from .sku import Sku, load_sku
+from .suite import Suite, load_suite
+from .supervise import Ending, Shard, Watch, supervise
+from .types import CASES_SCHEMA, CONTRACT, Cell, Status, case_to_json
+from .writing import write_bytes, write_json
+
+# Ended by themselves: --resume does not run these again.
+COMPLETED = {Status.OK, Status.INCORRECT, Status.IMPLAUSIBLE, Status.UNSUPPORTED}
+
+
+def command(args: argparse.Namespace) -> int:
+    suite, sku, planned = plan(args)
+    if args.dry_run:
+        for item in planned:
+            print(item.cell.id, f"unsupported: {item.unsupported}" if item.unsupported else "run", sep="\t")
+        return 0
+    require_torch()
+    out = Path(args.out or default_folder(suite.name))
+    manifest = Manifest.open(out, suite.name, sku.name, sys.argv[1:], [p.cell for p in planned], args.resume)
+    execution = Execution(suite, sku, planned, out, manifest, Progress(len(planned)), args.fail_fast)
+    try:
+        execution.run()
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is kept; run again with --resume to go on", file=sys.stderr)
+        execution.account(Status.NOT_RUN, "interrupted")
+    except CollectiveXError as error:
+        execution.account(Status.NOT_RUN, f"stopped: {error.message}")
+        raise
+    return report(out)
+
+
+def plan(args: argparse.Namespace) -> tuple[Suite, Sku, list[Planned]]:
+    """The requested cells, from the command line. Raises UserError for everything that is wrong in it."""
+    suite, sku = load_suite(args.suite), load_sku(args.sku)
+    planned = matrix.expand(suite, sku, args.backend or None, args.ranks, args.nodes, args.runs)
+    if args.deadline is not None:
+        planned = [
+            replace(p, cell=Cell(p.cell.case.with_deadline(args.deadline), p.cell.run)) for p in planned
+        ]
+    if args.only:
+        planned = [p for p in planned if any(part in p.cell.id for part in args.only)]
+        if not planned:
+            raise UserError(
+                f"no cell of {suite.name} matches {', '.join(args.only)}", "see `cx run --dry-run`"
+            )
+    return suite, sku.at(args.nodes or 1), planned
+
+
+def require_torch() -> None:
+    """Ranks run in this interpreter, so torch must be importable in it."""
+    from importlib.util import find_spec
+
+    if find_spec("torch") is None:
+        raise UserError(
+            f"torch is not installed for {sys.executable}",
+            "use the Python that has it, or `pip install torch`; `make bench` does it for you",
+        )
+
+
+def default_folder(suite: str) -> Path:
+    return Path("out") / f"{suite}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+
+
+@dataclass
+class Execution:
+    """One `cx run`: the plan, the folder it fills, and the account of every cell."""
+
+    suite: Suite
+    sku: Sku
+    planned: Sequence[Planned]
+    out: Path
+    manifest: Manifest
+    progress: Progress
+    fail_fast: bool = False
+
+    def __post_init__(self) -> None:
+        self.key_file = self.out / "logs" / ".key"
+        self.place = Place(
+            execution=self.manifest.execution,
+            allocation=allocation(self.manifest.execution),
+            suite=self.suite.name,
+            sku=self.sku.name,
+            topology_class=self.sku.topology_class,
+            runs=1 + max(p.cell.run for p in self.planned),
+            order=self.suite.order,
+            limits=tuple(self.sku.all_limits()),
+        )
+        self.positions = {p.cell.id: index for index, p in enumerate(self.planned)}
+
+    def run(self) -> None:
+        """Every shard in turn. Host names are hashed with a key that lies beside the logs only meanwhile."""
+        write_bytes(self.key_file, environment.user_key().encode(), mode=0o600)
+        try:
+            self.run_shards()
+        finally:
+            self.key_file.unlink(missing_ok=True)
+            self.manifest.save()
+
+    def run_shards(self) -> None:
+        for item in self.planned:
+            if item.unsupported is not None and not self.done(item.cell):
+                self.record(item.cell, Ending(Status.UNSUPPORTED, item.unsupported))
+        for shard in self.shards():
+            for cell in shard.cells:
+                self.set_aside(cell)
+            self.progress.shard(shard.backend, shard.run, len(shard.cells))
+            watch = Watch(self.starter(shard), self.has_result, self.record, self.progress.event)
+            crash = supervise(shard, self.out / "logs", watch)
+            if crash is not None:
+                self.note_teardown(shard, crash)
+            if self.fail_fast and not all(self.manifest.is_good(cell.id) for cell in shard.cells):
+                self.account(Status.NOT_RUN, "an earlier cell failed and --fail-fast was given")
+                return
+
+    def shards(self) -> list[Shard]:
+        """One backend and run each, in the planned order; backends in reverse in odd runs (A B, B A, ...)."""
+        shards: dict[tuple[int, str], Shard] = {}
+        for item in self.planned:
+            cell = item.cell
+            if item.unsupported is not None or self.done(cell):
+                continue
+            name = f"{cell.case.backend}.r{cell.run}"
+            shard = shards.setdefault(
+                (cell.run, cell.case.backend), Shard(name, cell.case.backend, cell.run, [])
+            )
+            shard.cells.append(cell)
+        ordered = []
+        for run in sorted({run for run, _ in shards}):
+            of_run = [shard for (r, _), shard in shards.items() if r == run]
+            ordered += of_run[::-1] if run % 2 else of_run
+        return ordered
+
+    def starter(self, shard: Shard) -> Any:
+        """How supervise starts a group over cells of this shard."""
+        backend = registry.load(shard.backend)
+        size = shard.cells[0].case.ranks
+        env = {**self.sku.env, **backend.facts.env}
+        if self.sku.device == "cpu":
+            env.setdefault("OMP_NUM_THREADS", "1")
+
+        def start(cells: Sequence[Cell], folder: Path) -> LocalGroup:
+            path = folder / "cases.json"
+            write_json(path, self.cases_document(shard.backend, cells))
+            return LocalGroup(path, self.out, size, env)
+
+        return start
+
+    def cases_document(self, backend: str, cells: Sequence[Cell]) -> dict[str, Any]:
+        return {
+            "schema": CASES_SCHEMA,
+            "contract": CONTRACT,
+            "backend": backend,
+            "device": "cpu" if self.sku.device == "cpu" else "gpu",
+            "key_file": str(self.key_file.resolve()),
+            "place": asdict(self.place),
+            "image": None,
+            "die_with_parent": True,
+            "cells": [
+                {"case": case_to_json(cell.case), "run": cell.run, "position": self.positions[cell.id]}
+                for cell in cells
+            ],
+        }
+
+    def path(self, cell: Cell) -> Path:
+        return self.out / "cells" / f"{cell.id}.json"
+
+    def done(self, cell: Cell) -> bool:
+        """Whether an earlier execution into this folder (--resume) left a completed record."""
+        return self.manifest.status(cell.id) in COMPLETED
+
+    def set_aside(self, cell: Cell) -> None:
+        """A record that --resume is about to replace is kept beside the logs."""
+        path = self.path(cell)
+        if path.exists():
+            kept = self.out / "logs" / "superseded" / f"{cell.id}.{int(path.stat().st_mtime)}.json"
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(kept)
+
+    def has_result(self, cell: Cell) -> bool:
+        """Whether the worker wrote this cell's result; if so it is now in the manifest."""
+        result = read(self.path(cell))
+        if result is None or result["identity"]["execution"] != self.place.execution:
+            return False
+        if self.manifest.status(cell.id) != Status(result["status"]):
+            self.manifest.set(cell.id, Status(result["status"]))
+            self.progress.event(result["status"], cell.id)
+        return True
+
+    def record(self, cell: Cell, ending: Ending) -> None:
+        """Write the record of a cell that has no result of its own."""
+        facts = registry.load(cell.case.backend).facts
+        result = document.empty(
+            cell, self.place, ending.status, ending.reason, self.positions[cell.id], facts
+        )
+        result["failure"] = ending.failure
+        write_json(self.path(cell), result)
+        self.manifest.set(cell.id, ending.status)
+
+    def account(self, status: Status, reason: str) -> None:
+        """Every cell that has no record gets one."""
+        for item in self.planned:
+            if not self.done(item.cell) and not self.has_result(item.cell):
+                self.record(item.cell, Ending(status, reason))
+        self.manifest.save()
+
+    def note_teardown(self, shard: Shard, crash: str) -> None:
+        """A crash after all results were written stands apart from them."""
+        print(f"warning: {shard.name}: {crash}", file=sys.stderr)
+        for cell in shard.cells:
+            path = self.path(cell)
+            result = json.loads(path.read_text())
+            if result["teardown"] is None and result["measurements"]:
+                result["teardown"] = crash
+                write_json(path, result)
+
+
+def report(out: Path) -> int:
+    """Print the summary table and say where everything lies; the exit code is the gate's."""
+    from . import summary
+
+    code = summary.command(argparse.Namespace(dirs=[str(out)], format="text"))
+    print(f"results: {out}", file=sys.stderr)
+    print(f"next: cx plot {out} --out {out}", file=sys.stderr)
+    return code
+
+
+def allocation(execution: str) -> str:
+    """What results of one allocation share: the scheduler's job, or without one this execution."""
+    job = (environment.scheduler_facts() or {}).get("job_id")
+    return execution if job is None else f"slurm-{job}"

@@ -1,0 +1,111 @@
+"""`cx list`: what there is to choose from. Also the plain text tables of `cx plan`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from . import registry, sku, suite
+from .types import REGIMES
+
+KINDS = ("backends", "suites", "skus", "workloads")
+
+
+def command(args: argparse.Namespace) -> int:
+    """Print one list, as an aligned table or as JSON."""
+    rows = _LISTS[args.what]()
+    if args.format == "json":
+        print(json.dumps(rows, indent=1))
+    else:
+        print(table(list(rows[0]), [[_cell(v) for v in row.values()] for row in rows]) if rows else "none")
+    return 0
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, two spaces apart, never cut: the last column takes what it needs."""
+    lines = [head, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    rule = ["-" * width for width in widths]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+        for line in (head, rule, *rows)
+    )
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "-" if value is None else str(value)
+
+
+def _backends() -> list[dict[str, Any]]:
+    rows = []
+    for name in registry.visible():
+        facts = registry.load(name).facts
+        variants = [f"{v.mode}/{v.name}" if v.name else v.mode for v in facts.variants]
+        rows.append(
+            {
+                "backend": name,
+                "validated": facts.validated,
+                "runs on": list(facts.devices),
+                "modes/variants": variants,
+                "dtypes": list(dict.fromkeys(d for v in facts.variants for d in v.dtypes)),
+                "source": f"{facts.source.kind} {facts.source.name}",
+                "pin": facts.source.pin,
+            }
+        )
+    return rows
+
+
+def _suites() -> list[dict[str, Any]]:
+    rows = []
+    for name in suite.names():
+        loaded = suite.load_suite(name)
+        regimes = {r for group in loaded.groups for r in group.regimes}
+        rows.append(
+            {
+                "suite": name,
+                "shapes x modes": sum(len(list(g.shapes())) * len(g.modes) for g in loaded.groups),
+                "runs": loaded.runs,
+                "order": loaded.order,
+                "regimes": [r for r in REGIMES if r in regimes],
+                "description": loaded.description,
+            }
+        )
+    return rows
+
+
+def _skus() -> list[dict[str, Any]]:
+    rows = []
+    for name in sku.names():
+        loaded = sku.load_sku(name)
+        link = loaded.scale_up
+        rows.append(
+            {
+                "sku": name,
+                "vendor": loaded.vendor,
+                "GPUs/node": loaded.gpus_per_node,
+                "scale-up": f"{link.kind} {link.GBps:g} GB/s" if link else None,
+                "mechanism": loaded.mechanism,
+                "topology class": loaded.topology_class,
+                "title": loaded.title,
+            }
+        )
+    return rows
+
+
+def _workloads() -> list[dict[str, Any]]:
+    return [
+        {"workload": w.name, "hidden": w.hidden, "topk": w.topk, "experts": w.experts, "source": w.source}
+        for w in suite.load_workloads().values()
+    ]
+
+
+_LISTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "backends": _backends,
+    "suites": _suites,
+    "skus": _skus,
+    "workloads": _workloads,
+}

@@ -1,0 +1,192 @@
+"""The matrix: suite x SKU x backends -> every requested cell, with the reason where one cannot run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ..backends.base import Facts, Variant
+from . import registry
+from .errors import UserError
+from .sku import Sku
+from .suite import Group, Suite
+from .types import Case, Cell, Collective, Moe, Shape
+
+ON_DEVICE = ("graph", "kernel")  # regimes that need a GPU and a graph-safe variant
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One requested cell. `unsupported` is the reason why it cannot run, or None; `position` its place in the
+    order of measuring, from 0."""
+
+    cell: Cell
+    unsupported: str | None = None
+    position: int = 0
+
+
+def expand(
+    suite: Suite,
+    sku: Sku,
+    backends: Sequence[str] | None = None,
+    ranks: int | None = None,
+    nodes: int | None = None,
+    runs: int | None = None,
+) -> list[Planned]:
+    """Every requested cell, in the order of measuring.
+
+    backends   instead of the suite's own selection; may name hidden ones
+    ranks      over all nodes; default: one per GPU, 4 per node on CPUs
+    runs       instead of the suite's own number; each run is the whole matrix once, in an order of its own
+               when the suite is shuffled
+
+    Raises UserError for names that do not exist, more ranks than GPUs, and shapes that no backend could run
+    (experts not divisible by ranks).
+    """
+    sku = sku.at(nodes or 1)
+    ranks = _ranks(sku, ranks)
+    _refuse_unknown(suite, backends)
+    cases: dict[str, tuple[Case, str | None]] = {}
+    asked: dict[tuple[object, ...], str] = {}
+    for group in suite.groups:
+        _refuse_impossible(suite, group, ranks)
+        for case, reason in _group_cases(suite, group, sku, backends, ranks):
+            case_id = case.id
+            if case_id not in cases:
+                _refuse_contradiction(suite, group, case, asked)
+                cases[case_id] = case, reason
+    return _ordered(suite, list(cases.values()), runs or suite.runs)
+
+
+def _ranks(sku: Sku, ranks: int | None) -> int:
+    if ranks is None:
+        return sku.default_ranks
+    if ranks < 1:
+        raise UserError(f"{ranks} ranks", "use --ranks 1 or more")
+    if ranks % sku.nodes:
+        raise UserError(f"{ranks} ranks cannot be spread evenly over {sku.nodes} nodes")
+    have = sku.gpus_per_node * sku.nodes
+    if sku.device != "cpu" and ranks > have:
+        raise UserError(
+            f"{ranks} ranks need {ranks} GPUs; SKU {sku.name!r} has {have}",
+            f"use --ranks {have} or less, or another --sku",
+        )
+    return ranks
+
+
+def _refuse_unknown(suite: Suite, backends: Sequence[str] | None) -> None:
+    for name in backends or ():
+        registry.load(name)
+    for group in suite.groups:
+        for i, name in enumerate(group.backends or ()):
+            try:
+                registry.load(name)
+            except UserError as error:
+                raise suite.refuse(f"{group.key}.backends[{i}]", error.message) from error
+
+
+def _refuse_impossible(suite: Suite, group: Group, ranks: int) -> None:
+    for i, workload in enumerate(group.workloads):
+        if workload.experts % ranks:
+            problem = f"{workload.experts} experts of {workload.name} cannot be divided over {ranks} ranks"
+            error = suite.refuse(f"{group.key}.workloads[{i}]", problem)
+            error.hint = "choose --ranks so that every rank owns the same number of experts"
+            raise error
+
+
+def _refuse_contradiction(
+    suite: Suite, group: Group, case: Case, asked: dict[tuple[object, ...], str]
+) -> None:
+    """Two groups may ask for the same case; they may not ask for it with different sampling or regimes."""
+    same = case.backend, case.variant, case.mode, case.shape, case.knobs
+    other = asked.setdefault(same, group.key)
+    if other != group.key:
+        again = f"asks for {case.shape.label} {case.mode} again"
+        raise suite.refuse(group.key, f"{again}, with other regimes or sampling than {other}")
+
+
+def _group_cases(
+    suite: Suite, group: Group, sku: Sku, backends: Sequence[str] | None, ranks: int
+) -> Iterator[tuple[Case, str | None]]:
+    selected = backends or group.backends or registry.visible()
+    for name in selected:
+        backend = registry.load(name)
+        for mode in group.modes:
+            offered = [v for v in backend.facts.variants if (v.family, v.mode) == (group.family, mode)]
+            if group.variants is not None:
+                offered = [v for v in offered if v.name in group.variants]
+            for shape in group.shapes():
+                fitting = [v for v in offered if _fits(v, shape)]
+                for variant in fitting or [None]:
+                    case = _case(suite, group, sku, name, mode, variant, shape, ranks)
+                    reason = _refused_here(backend.facts, sku)
+                    if reason is None and variant is None:
+                        reason = _nothing_fits(backend.facts, group, mode, shape, offered)
+                    yield case, reason or backend.why_not(case)
+
+
+def _case(
+    suite: Suite,
+    group: Group,
+    sku: Sku,
+    backend: str,
+    mode: str,
+    variant: Variant | None,
+    shape: Shape,
+    ranks: int,
+) -> Case:
+    on_device = sku.device != "cpu" and variant is not None and variant.graph_safe
+    return Case(
+        backend=backend,
+        variant=variant.name if variant else "",
+        mode=mode,
+        shape=shape,
+        ranks=ranks,
+        nodes=sku.nodes,
+        regimes=tuple(r for r in group.regimes if on_device or r not in ON_DEVICE),
+        sampling=group.sampling,
+        deadline_s=suite.deadline_s,
+        knobs=group.knobs,
+    )
+
+
+def _fits(variant: Variant, shape: Shape) -> bool:
+    return shape.dtype in variant.dtypes and (isinstance(shape, Moe) or shape.op in variant.ops)
+
+
+def _refused_here(facts: Facts, sku: Sku) -> str | None:
+    """What follows from backend and pool alone."""
+    if facts.name in sku.refuse:
+        return f"{sku.name}: {sku.refuse[facts.name]}"
+    if sku.device not in facts.devices:
+        return f"{facts.name} runs on {', '.join(facts.devices)}; {sku.name} has {sku.device}"
+    return None
+
+
+def _nothing_fits(facts: Facts, group: Group, mode: str, shape: Shape, offered: list[Variant]) -> str:
+    """Why no variant of a backend does this (shape, mode)."""
+    if group.family not in facts.families:
+        return f"{facts.name} has no {group.family} operations"
+    if not offered and group.variants is not None:
+        return f"{facts.name} has no {mode} variant named {' or '.join(group.variants)}"
+    if not offered:
+        have = _list(v.mode for v in facts.variants if v.family == group.family)
+        return f"{facts.name} has no {mode} mode; it has {have}"
+    if isinstance(shape, Collective) and not any(shape.op in v.ops for v in offered):
+        return f"{facts.name} has no {mode} {shape.op}; it has {_list(op for v in offered for op in v.ops)}"
+    return f"{facts.name} has no {mode} {shape.dtype}; it has {_list(d for v in offered for d in v.dtypes)}"
+
+
+def _list(values: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(values))
+
+
+def _ordered(suite: Suite, cases: list[tuple[Case, str | None]], runs: int) -> list[Planned]:
+    planned = []
+    for run in range(runs):
+        order = list(cases)
+        if suite.order == "shuffled":
+            random.Random(f"{suite.seed}/{run}").shuffle(order)
+        planned += [(Cell(case, run), reason) for case, reason in order]
+    return [Planned(cell, reason, position) for position, (cell, reason) in enumerate(planned)]

@@ -1,0 +1,136 @@
+"""`cx plan`: the matrix before anything runs, with what is unsupported and why."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import matrix, sku, suite
+from .listing import table
+from .matrix import Planned
+from .suite import size_label
+from .types import Collective, case_to_json
+
+PLAN_SCHEMA = "collectivex.plan.v1"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One suite on one SKU."""
+
+    suite: suite.Suite
+    sku: sku.Sku
+    cells: list[Planned]
+
+    @property
+    def totals(self) -> dict[str, int]:
+        unsupported = sum(p.unsupported is not None for p in self.cells)
+        return {"cells": len(self.cells), "to_run": len(self.cells) - unsupported, "unsupported": unsupported}
+
+
+def command(args: argparse.Namespace) -> int:
+    """Print one plan in full, or the totals of several when --suite or --sku is left out."""
+    suites = [args.suite] if args.suite else suite.names()
+    skus = [args.sku] if args.sku else sku.names()
+    plans = make(suites, skus, args.backend, args.ranks, args.nodes, args.runs)
+    if args.format == "json":
+        documents = [to_json(plan) for plan in plans]
+        print(json.dumps(documents[0] if args.suite and args.sku else documents, indent=1))
+    elif args.suite and args.sku:
+        print(to_text(plans[0]))
+    else:
+        print(_overview(plans))
+    return 0
+
+
+def make(
+    suites: Sequence[str],
+    skus: Sequence[str],
+    backends: Sequence[str] | None = None,
+    ranks: int | None = None,
+    nodes: int | None = None,
+    runs: int | None = None,
+) -> list[Plan]:
+    """The plans of every suite on every SKU. Arguments as for `matrix.expand`."""
+    loaded = [suite.load_suite(name) for name in suites]
+    pools = [sku.load_sku(name).at(nodes or 1) for name in skus]
+    return [Plan(s, k, matrix.expand(s, k, backends, ranks, nodes, runs)) for s in loaded for k in pools]
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """The plan as data: every cell with its case, in the order of measuring."""
+    return {
+        "schema": PLAN_SCHEMA,
+        "suite": plan.suite.name,
+        "sku": plan.sku.name,
+        "topology_class": plan.sku.topology_class,
+        "order": plan.suite.order,
+        "totals": plan.totals,
+        "cells": [
+            {
+                "cell_id": p.cell.id,
+                "run": p.cell.run,
+                "position": p.position,
+                "case": case_to_json(p.cell.case),
+                "unsupported": p.unsupported,
+            }
+            for p in plan.cells
+        ],
+    }
+
+
+def to_text(plan: Plan) -> str:
+    """The plan for people: one line for each ladder, then the totals."""
+    first = plan.cells[0].cell.case
+    runs = 1 + max(p.cell.run for p in plan.cells)
+    head = f"suite {plan.suite.name} on {plan.sku.name} ({plan.sku.topology_class})"
+    head += f": {first.ranks} ranks, {first.nodes} node{'s'[: first.nodes > 1]}"
+    head += f", {runs} run{'s'[: runs > 1]}, order {plan.suite.order}"
+    columns = ["backend", "variant", "mode", "what", "dtype", "routing", "ladder", "regimes", "unsupported"]
+    rows = _ladders([p for p in plan.cells if p.cell.run == 0])
+    return f"{head}\n\n{table(columns, rows)}\n\n{_totals(plan, runs)}"
+
+
+def _totals(plan: Plan, runs: int) -> str:
+    totals = plan.totals
+    text = f"{totals['cells']} cells: {totals['to_run']} to run, {totals['unsupported']} unsupported"
+    return text if runs == 1 else f"{text} (over {runs} runs)"
+
+
+def _ladders(cells: Iterable[Planned]) -> list[list[str]]:
+    """Cells that differ only in size or tokens, as one row."""
+    steps: dict[tuple[str, ...], list[int]] = {}
+    for p in cells:
+        case, shape = p.cell.case, p.cell.case.shape
+        if isinstance(shape, Collective):
+            what, routing, step = shape.op, "-", shape.bytes
+        else:
+            what, routing, step = shape.workload, shape.routing.label, shape.tokens
+        regimes, reason = ", ".join(case.regimes), p.unsupported or "-"
+        row = (case.backend, case.variant or "-", case.mode, what, shape.dtype, routing, case.family)
+        steps.setdefault((*row, regimes, reason), []).append(step)
+    return [
+        [*row[:6], _ladder(row[6], sorted(values)), *row[7:]]
+        for row, values in sorted(steps.items(), key=lambda item: (item[0], min(item[1])))
+    ]
+
+
+def _ladder(family: str, steps: list[int]) -> str:
+    label = size_label if family == "collective" else str
+    unit = "" if family == "collective" else "T="
+    factor = steps[1] // steps[0] if len(steps) > 2 and steps[0] else 0
+    if factor and all(later == factor * step for step, later in itertools.pairwise(steps)):
+        return f"{unit}{label(steps[0])}..{label(steps[-1])} x{factor} ({len(steps)})"
+    return unit + ",".join(map(label, steps))
+
+
+def _overview(plans: Sequence[Plan]) -> str:
+    rows = [
+        [p.suite.name, p.sku.name, str(p.cells[0].cell.case.ranks), *map(str, p.totals.values())]
+        for p in plans
+    ]
+    return table(["suite", "sku", "ranks", "cells", "to run", "unsupported"], rows)

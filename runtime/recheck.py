@@ -1,0 +1,220 @@
+"""What a result says of itself, worked out again: ids, keys, counts, and statistics from the raw samples.
+
+Every function yields sentences about what does not agree. The documents are schema-valid already.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import schemas
+from .environment import private
+from .redact import Private, Redactor
+from .stats import reduce_ranks, summarise
+from .types import Case, Status, case_from_json, comparison_key
+
+LARGEST_SIDECAR = 256 << 20  # bytes, unpacked: 4,000 samples of 20 series of 64 ranks are half of it
+# Samples are stored to the nanosecond, statistics may be made of what was measured: a sample is off by half
+# of it, and so are the median over ranks, the centre, and the rounded result of a deviation from it.
+TOLERANCE_US = 0.004
+REDUCTIONS = ("max", "median", "min", "spread")
+
+Document = Mapping[str, Any]
+
+
+def result(document: Document, folder: Path) -> Iterator[str]:
+    """Everything about one result that can be worked out from it and from its sidecar under `folder`."""
+    case = case_from_json(document["case"])
+    yield from _identity(document, case)
+    yield from _measurements(document, case)
+    yield from _verdicts(document)
+    yield from _bytes(document, case)
+    yield from _privacy(document)
+    if document["samples"] is not None:
+        yield from _samples(document, case, folder)
+
+
+def _identity(document: Document, case: Case) -> Iterator[str]:
+    identity, design = document["identity"], document["design"]
+    expected = {"case_id": case.id, "cell_id": f"{case.id}.r{identity['run']}"}
+    for name, value in expected.items():
+        if identity[name] != value:
+            yield f"identity.{name}: its case gives {value}, not {identity[name]}"
+    if identity["run"] >= design["runs"]:
+        yield f"identity.run: run {identity['run']} of {design['runs']} (counted from 0)"
+
+
+def _measurements(document: Document, case: Case) -> Iterator[str]:
+    topology, contract = document["identity"]["topology_class"], document["contract"]
+    seen = set()
+    for i, entry in enumerate(document["measurements"]):
+        at, series = f"measurements[{i}]", (entry["component"], entry["regime"])
+        if series in seen:
+            yield f"{at}: {series[1]} {series[0]} is there twice"
+        seen.add(series)
+        if entry["regime"] not in case.regimes:
+            yield f"{at}.regime: {entry['regime']} was not asked for"
+        key = comparison_key(case, entry["regime"], topology, contract)
+        if entry["comparison_key"] != key:
+            yield f"{at}.comparison_key: its case gives {key}, not {entry['comparison_key']}"
+        for name in REDUCTIONS:
+            if not _ordered(entry[name]):
+                yield f"{at}.{name}: percentiles are not in order between minimum and maximum"
+
+
+def _ordered(stats: Document) -> bool:
+    values = [stats[name] for name in ("min", "p50", "p90", "p95", "p99", "max")]
+    return values == sorted(values) and values[0] >= 0
+
+
+def _verdicts(document: Document) -> Iterator[str]:
+    """Correctness and knobs against the status."""
+    verdict = document["correctness"]
+    if verdict is not None:
+        passed = bool(verdict["checks"]) and all(check["passed"] for check in verdict["checks"])
+        if verdict["passed"] != passed:
+            yield f"correctness.passed: says {verdict['passed']}, its checks say {passed}"
+    if document["status"] not in (Status.OK.value, Status.IMPLAUSIBLE.value):
+        return
+    if verdict is None or not verdict["passed"]:
+        yield "status: publishes a latency without a passed check"
+    for name, knob in document["knobs"].items():
+        if knob["requested"] is not None and knob["requested"] != knob["realised"]:
+            what = f"{knob['requested']} asked, {knob['realised']} applied"
+            yield f"knobs.{name}: {what}, and still {document['status']}"
+
+
+def _bytes(document: Document, case: Case) -> Iterator[str]:
+    """What leaves the ranks must arrive: rows and selections are conserved in every tier."""
+    block = document["bytes"]
+    if block is None:
+        return
+    if block["family"] != case.family:
+        yield f"bytes.family: {block['family']} in a case of {case.family}"
+        return
+    if case.family != "moe":
+        return
+    ranks = block["ranks"]
+    if len(ranks) != case.ranks:
+        yield f"bytes.ranks: {len(ranks)} entries for {case.ranks} ranks"
+    for what in ("rows", "selections"):
+        for tier in ("self", "scale_up", "scale_out"):
+            sent = sum(rank[f"{what}_sent"][tier] for rank in ranks)
+            received = sum(rank[f"{what}_received"][tier] for rank in ranks)
+            if sent != received:
+                yield f"bytes.ranks: {sent} {what} sent and {received} received over {tier}"
+
+
+def _privacy(document: Document) -> Iterator[str]:
+    here = private()
+    yield from private_strings(document, Redactor(Private(here.hosts, (), here.homes)))
+
+
+def private_strings(value: Any, redactor: Redactor, key: str = "") -> Iterator[str]:
+    """Where a JSON value holds what looks like a host, an address, a home folder or a secret. Version numbers
+    of four parts read like addresses and are let pass under their own keys."""
+    if isinstance(value, str) and redactor.touches(value) and not _is_version(key):
+        yield f"{key}: holds something private: {redactor.text(value)[:120]!r}"
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from private_strings(inner, redactor, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from private_strings(inner, redactor, f"{key}[{i}]")
+
+
+def _is_version(key: str) -> bool:
+    return "version" in key or key.rpartition(".")[2] in ("driver", "cuda", "rocm", "torch", "pin")
+
+
+def _samples(document: Document, case: Case, folder: Path) -> Iterator[str]:
+    """The sidecar: its hash, its series, and the statistics that follow from it."""
+    reference = document["samples"]
+    if reference["file"] != f"samples/{reference['sha256']}.json.gz":
+        yield f"samples.file: {reference['file']} is not named by {reference['sha256']}"
+        return
+    sidecar, problem = _unpack(folder / reference["file"], reference["sha256"])
+    if sidecar is None:
+        yield f"{reference['file']}: {problem}"
+        return
+    if sidecar["cell_id"] != document["identity"]["cell_id"]:
+        yield f"{reference['file']}: holds the samples of {sidecar['cell_id']}"
+        return
+    series = {(s["component"], s["regime"]): s for s in sidecar["series"]}
+    for i, entry in enumerate(document["measurements"]):
+        found = series.pop((entry["component"], entry["regime"]), None)
+        if found is None:
+            yield f"measurements[{i}]: the sidecar has no {entry['regime']} {entry['component']}"
+            continue
+        yield from (f"measurements[{i}]{problem}" for problem in _statistics(entry, found, case))
+    if document["measurements"]:
+        yield from (f"{reference['file']}: {r} {c} is in no measurement" for c, r in series)
+
+
+def _unpack(path: Path, sha256: str) -> tuple[Document | None, str]:
+    """A valid sidecar, or None and why not."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return None, f"cannot be read: {error.strerror}"
+    if hashlib.sha256(data).hexdigest() != sha256:
+        return None, "was changed: its content has another sha256"
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            text = file.read(LARGEST_SIDECAR + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        return None, f"is not gzip, or truncated: {error}"
+    if len(text) > LARGEST_SIDECAR:
+        return None, f"is larger than {LARGEST_SIDECAR >> 20} MiB unpacked"
+    try:
+        sidecar = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return None, f"is not JSON: {error}"
+    for key, what in schemas.problems("samples", sidecar):
+        return None, f"{key}: {what}"
+    return sidecar, ""
+
+
+def _statistics(entry: Document, series: Document, case: Case) -> Iterator[str]:
+    """Published statistics against those of the raw samples. The coefficient of variation and the outliers
+    are left out: they hang on the last digit of a sample."""
+    for name in ("trials", "per_sample"):
+        if entry[name] != series[name]:
+            yield f".{name}: {entry[name]}, the sidecar says {series[name]}"
+    per_rank = series["per_rank_us"]
+    if len(per_rank) != case.ranks:
+        yield f": the sidecar has {len(per_rank)} ranks of {case.ranks}"
+        return
+    try:
+        reduced = reduce_ranks(per_rank)
+    except ValueError as error:
+        yield f": {error}"
+        return
+    for name in REDUCTIONS:
+        fresh = summarise(reduced[name])
+        for key, value in _comparable(entry[name]).items():
+            if not _same(value, _comparable(fresh).get(key)):
+                yield f".{name}.{key}: {value} published, the samples give {_comparable(fresh).get(key)}"
+
+
+def _comparable(stats: Document) -> dict[str, Any]:
+    """Statistics as flat numbers; an interval is its two ends, or null."""
+    flat = {name: stats[name] for name in ("n", "min", "p50", "p90", "p95", "p99", "max", "mean", "mad")}
+    for name, interval in stats["intervals"].items():
+        flat[f"intervals.{name}.low"] = interval.get("low")
+        flat[f"intervals.{name}.high"] = interval.get("high")
+    return flat
+
+
+def _same(published: float | None, computed: float | None) -> bool:
+    if published is None or computed is None:
+        return published is computed
+    return math.isclose(published, computed, rel_tol=1e-9, abs_tol=TOLERANCE_US)

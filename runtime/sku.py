@@ -1,0 +1,159 @@
+"""SKUs: machine pools as data. `load_sku` reads launchers/skus/<sku>.yaml or a file of yours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from . import detect, yamlfile
+from .errors import UserError
+from .suite import locate
+
+FOLDER = yamlfile.ROOT / "launchers" / "skus"
+CPU_RANKS = 4  # by default, whatever the number of cores
+DEVICES = {"nvidia": "cuda", "amd": "hip", "cpu": "cpu"}
+
+
+@dataclass(frozen=True)
+class ScaleUp:
+    """The links inside a node or rack. GBps: per GPU and direction, 1e9 bytes per second."""
+
+    kind: str
+    domain: int
+    links: int
+    GBps: float
+    source: str
+
+
+@dataclass(frozen=True)
+class ScaleOut:
+    """The network. nics: per node; GBps: per NIC and direction, 1e9 bytes per second."""
+
+    kind: str
+    nics: int
+    GBps: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Sku:
+    """One machine pool; `nodes` is how many of its nodes are used.
+
+    gpus_per_node  0: CPU
+    cores          logical CPU cores per node; 0 where the file does not leave them to the machine
+    env            set in every rank process
+    refuse         backend -> why it cannot run here
+    limits         further ceilings, in the form of the result's `limits`
+    """
+
+    name: str
+    title: str
+    vendor: str
+    arch: str | None
+    product: str
+    gpus_per_node: int
+    cores: int
+    scale_up: ScaleUp | None
+    scale_out: ScaleOut | None
+    mechanism: str
+    image: str | None
+    path: Path
+    env: Mapping[str, str] = field(default_factory=dict)
+    refuse: Mapping[str, str] = field(default_factory=dict)
+    limits: tuple[Mapping[str, Any], ...] = ()
+    nodes: int = 1
+
+    @property
+    def device(self) -> str:
+        """The name backends declare it by: "cuda", "hip" or "cpu"."""
+        return DEVICES[self.vendor]
+
+    @property
+    def default_ranks(self) -> int:
+        return self.nodes * (self.gpus_per_node or CPU_RANKS)
+
+    @property
+    def topology_class(self) -> str:
+        """What decides which numbers may be compared: product, scale-up, GPUs x nodes ("h200-nvlink4-4x1").
+
+        On CPUs the cores stand for the GPUs where they are known: "amd-epyc-cpu-2x1". A link that nobody
+        declared is "unstated".
+        """
+        link = "cpu" if self.vendor == "cpu" else self.scale_up.kind if self.scale_up else "unstated"
+        return f"{self.product}-{link}-{self.gpus_per_node or self.cores or ''}x{self.nodes}"
+
+    def all_limits(self) -> list[dict[str, Any]]:
+        """The ceilings of this pool in the form of the result's `limits`, links first."""
+        links = [("scale_up", self.scale_up), ("scale_out", self.scale_out)]
+        found = [
+            {"name": name, "GBps": link.GBps, "source": link.source, "kind": "datasheet"}
+            for name, link in links
+            if link is not None
+        ]
+        return [*found, *map(dict, self.limits)]
+
+    def at(self, nodes: int) -> Sku:
+        """This pool with `nodes` nodes in use. Raises UserError where one node is all there is."""
+        if nodes > 1 and self.mechanism == "process":
+            hint = "a pool with a scheduler starts several nodes; see `cx list skus`"
+            raise UserError(f"SKU {self.name!r} starts processes on one machine, not on {nodes} nodes", hint)
+        return replace(self, nodes=nodes)
+
+
+def names() -> list[str]:
+    """The SKUs that come with the project."""
+    return sorted(p.stem for p in FOLDER.glob("*.yaml"))
+
+
+def load_sku(name_or_path: str, machine: detect.Machine | None = None) -> Sku:
+    """A SKU by name, or from a YAML file by path. Raises UserError for everything that is wrong in it.
+
+    machine    what `vendor: auto` resolves to; the one we are on when it is not given
+    """
+    path = locate(name_or_path, "SKU", FOLDER, names())
+    data = yamlfile.read(path, "sku")
+    yamlfile.refuse(path, _mistakes(path, data))
+    facts = {key: value for key, value in data.items() if key != "schema"}
+    here = _resolve(data, machine)
+    return Sku(
+        **{
+            **facts,
+            **here,
+            "scale_up": ScaleUp(**data["scale_up"]) if data["scale_up"] else None,
+            "scale_out": ScaleOut(**data["scale_out"]) if data["scale_out"] else None,
+            "refuse": {entry["backend"]: entry["reason"] for entry in data["refuse"]},
+            "limits": tuple(data["limits"]),
+            "path": path,
+        }
+    )
+
+
+def _resolve(data: Mapping[str, Any], machine: detect.Machine | None) -> dict[str, Any]:
+    """vendor, product, GPUs and cores, from the machine where the file leaves them to it."""
+    if data["vendor"] != "auto":
+        facts = {"vendor": data["vendor"], "product": data["product"], "gpus_per_node": data["gpus_per_node"]}
+        return {**facts, "cores": 0}
+    machine = machine or detect.machine()
+    return {
+        "vendor": machine.vendor,
+        "product": machine.product,
+        "gpus_per_node": len(machine.gpus),
+        "cores": machine.cores,
+    }
+
+
+def _mistakes(path: Path, data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    found = []
+    if path.stem != data["name"]:
+        found.append(("name", f"{data['name']!r} is not the name of the file, {path.stem!r}"))
+    if data["vendor"] == "auto":
+        return found
+    for key in ("product", "gpus_per_node"):
+        if data[key] is None:
+            found.append((key, "only a pool with `vendor: auto` can leave this to the machine"))
+    gpus = data["gpus_per_node"]
+    if gpus is not None and (gpus == 0) != (data["vendor"] == "cpu"):
+        found.append(("gpus_per_node", f"{gpus} does not fit vendor {data['vendor']}"))
+    return found

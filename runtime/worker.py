@@ -1,0 +1,288 @@
+"""The rank half: one process per GPU, inside the vendor's container. Set up, then cell by cell:
+check, measure, check, write.
+
+Needs the standard library, torch and one vendor library. Exit codes: 0 all cells done, 1 a cell raised (the
+supervisor starts a fresh group for the rest), 2 set-up failed, 3 infrastructure, 97 rendezvous port taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+from ..backends.base import Context, Library, MissingLibrary
+from . import document, environment, provenance, registry
+from .device import CpuDevice, Device, GpuDevice, ManualDevice
+from .document import Outcome, Place
+from .errors import InfraError, UserError
+from .heartbeat import Heartbeat
+from .limits import beats_limit, may_reduce_in_network
+from .measure import Bench
+from .ranks import Ranks, TorchRanks
+from .supervise import PORT_TAKEN
+from .types import CASES_SCHEMA, CONTRACT, Case, Cell, Check, Collective, Moe, Status, case_from_json
+from .writing import write_json, write_samples
+
+RENDEZVOUS_TIMEOUT_S = 300
+
+
+@dataclass
+class Session:
+    """One rank's view of the group: everything that cells share."""
+
+    ranks: Ranks
+    device: Device
+    backend: Library
+    place: Place
+    align: Callable[[], None]
+    beat: Callable[[str, int], None]
+    key: str
+    out: Path
+    provenance: dict[str, Any]
+    setup_seconds: dict[str, float]
+
+    def bench(self, case: Case) -> Bench:
+        return Bench(self.device, self.ranks, case.sampling, self.align, self.beat)
+
+
+def command(args: argparse.Namespace) -> int:
+    began = time.perf_counter()
+    cases = json.loads(Path(args.cases).read_text())
+    if cases.get("schema") != CASES_SCHEMA or cases.get("contract") != CONTRACT:
+        raise UserError(
+            f"{args.cases} is not a cases document of contract {CONTRACT}", "use one CollectiveX for both"
+        )
+    where = environment.rank_environment()
+    heart = Heartbeat(Path(args.cases).parent, where.rank)
+    if cases.get("die_with_parent"):
+        environment.die_with_parent()
+    try:
+        session = set_up(cases, where, heart, Path(args.out), began)
+    except (MissingLibrary, UserError) as error:
+        heart.error("setup", error)
+        return 2
+    except InfraError as error:
+        heart.error("infra", error)
+        return 3
+    except PortTaken:
+        return PORT_TAKEN
+    except BaseException as error:
+        heart.error("peer" if lost_peer(error) else "setup", error)
+        raise
+    kind = "case"
+    try:
+        run_cells(
+            session,
+            heart,
+            [(Cell(case_from_json(c["case"]), c["run"]), c["position"]) for c in cases["cells"]],
+        )
+        kind = "teardown"
+        tear_down(session, heart)
+    except InfraError as error:
+        heart.error("infra", error)
+        return 3
+    except BaseException as error:
+        heart.error("peer" if lost_peer(error) else kind, error)
+        raise
+    return 0
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether this is only what the end of another rank looks like from here."""
+    return isinstance(error, RuntimeError) and (
+        "gloo/transport" in str(error) or "closed by peer" in str(error)
+    )
+
+
+def session_key(cases: dict[str, Any]) -> str:
+    """The key that host names are hashed with: a file of the log folder that goes when the execution ends."""
+    return Path(cases["key_file"]).read_text()
+
+
+class PortTaken(Exception):
+    """Rank 0 could not bind the rendezvous port."""
+
+
+def set_up(cases: dict[str, Any], where: Any, heart: Heartbeat, out: Path, began: float) -> Session:
+    """Device, process group, backend, provenance: in this order, so that versions are read as loaded."""
+    backend = cast(Library, registry.load(cases["backend"]))  # programs are started, not linked: program.py
+    heart.beat("import torch", 0)
+    manual = "manual" in backend.facts.devices
+    device: Device = ManualDevice() if manual else CpuDevice()
+    if cases["device"] == "gpu":
+        device = GpuDevice(where.local_rank)
+    heart.beat("rendezvous", 0)
+    gc.freeze()  # what set-up made is here to stay: no collection need look at it again
+    ranks, group = join(where, device, heart)
+    started = time.perf_counter()
+    heart.beat("backend setup", 0)
+    backend.setup(Context(ranks, device, group))
+    align = aligner(ranks, device, group)
+    align()
+    device.synchronize()
+    found = provenance.collect(
+        facts=backend.facts,
+        versions=backend.versions(),
+        ranks=ranks,
+        key=session_key(cases),
+        image=cases.get("image"),
+    )
+    seconds = {"start_s": started - began, "setup_s": time.perf_counter() - started}
+    place = Place(**{**cases["place"], "limits": tuple(cases["place"]["limits"])})
+    return Session(ranks, device, backend, place, align, heart.beat, session_key(cases), out, found, seconds)
+
+
+def join(where: Any, device: Device, heart: Heartbeat) -> tuple[Ranks, Any]:
+    """The measured process group (gloo or NCCL/RCCL) and beside it a gloo group for control."""
+    import torch.distributed as dist
+
+    timeout = timedelta(seconds=RENDEZVOUS_TIMEOUT_S)
+    try:
+        store = dist.TCPStore(
+            where.master_address,
+            where.master_port,
+            where.world_size,
+            is_master=where.rank == 0,
+            timeout=timeout,
+        )
+    except (RuntimeError, dist.DistNetworkError) as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise PortTaken from error
+        raise InfraError(f"rendezvous at port {where.master_port} failed: {error}") from error
+    gpu = device.kind != "cpu"
+    dist.init_process_group(
+        "nccl" if gpu else "gloo",
+        store=store,
+        rank=where.rank,
+        world_size=where.world_size,
+        timeout=timedelta(hours=2),
+        device_id=device.torch_device if gpu else None,
+    )
+    control = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+    ranks = TorchRanks(control, where.rank, where.world_size, where.local_rank, where.ranks_per_node)
+    return ranks, dist.group.WORLD
+
+
+def aligner(ranks: Ranks, device: Device, group: Any) -> Callable[[], None]:
+    """What makes ranks start together: a one-element all-reduce on a communicator of its own (GPU), or a host
+    barrier (CPU)."""
+    if device.kind == "cpu":
+        return ranks.barrier
+    import torch
+    import torch.distributed as dist
+
+    apart = dist.new_group(backend="nccl")
+    one = torch.ones(1, device=device.torch_device)
+    return lambda: (dist.all_reduce(one, group=apart), None)[1]
+
+
+def run_cells(session: Session, heart: Heartbeat, cells: Iterable[tuple[Cell, int]]) -> None:
+    for cell, position in cells:
+        heart.begin(cell.id, cell.case.deadline_s)
+        result = run_cell(session, cell, position)
+        if session.ranks.rank == 0:
+            heart.beat("write", 0)
+            write_json(session.out / "cells" / f"{cell.id}.json", result)
+        session.ranks.barrier()
+        heart.end()
+
+
+def run_cell(session: Session, cell: Cell, position: int) -> dict[str, Any]:
+    """Everything about one cell, ending in its result document (rank 0's is the one that is written)."""
+    from .run_collective import measure_collective
+    from .run_moe import measure_moe
+
+    began = time.perf_counter()
+    before = provenance.clocks(session.ranks, session.device)
+    if isinstance(cell.case.shape, Collective):
+        outcome = measure_collective(session, cell.case, cell.case.shape)
+    else:
+        assert isinstance(cell.case.shape, Moe)
+        outcome = measure_moe(session, cell.case, cell.case.shape)
+    outcome.seconds["total_s"] = time.perf_counter() - began
+    after = provenance.clocks(session.ranks, session.device)
+    result = build_result(session, cell, position, outcome)
+    result["provenance"] = {**session.provenance, "clocks": {"before": before, "after": after}}
+    result["warnings"] += provenance.findings(result["provenance"])
+    return result
+
+
+def build_result(session: Session, cell: Cell, position: int, outcome: Outcome) -> dict[str, Any]:
+    """Gather the samples of all ranks, reduce, and decide the status. Collective."""
+    facts = session.backend.facts
+    checks = merge_checks(session.ranks, outcome.checks)
+    per_rank = {(s.component, s.regime): session.ranks.all_gather(s.samples_us) for s in outcome.series}
+    result = document.empty(cell, session.place, Status.OK, None, position, facts)
+    result["correctness"] = document.correctness(checks)
+    result["first_call_us"] = outcome.first_call_us
+    result["bytes"] = outcome.bytes
+    result["routing_proof"] = outcome.routing_proof
+    result["warnings"] = outcome.warnings
+    result["timing_split"] = {k: round(v, 4) for k, v in {**session.setup_seconds, **outcome.seconds}.items()}
+    result["knobs"] = {
+        name: {"requested": dict(cell.case.knobs).get(name), "realised": outcome.realised.get(name)}
+        for name in {**dict(cell.case.knobs), **outcome.realised}
+    }
+    wrong = [c for c in checks if not c.passed]
+    unlike = [
+        n
+        for n, k in result["knobs"].items()
+        if k["requested"] is not None and k["requested"] != k["realised"]
+    ]
+    if wrong or not checks:
+        result["status"] = str(Status.INCORRECT)
+        result["reason"] = (
+            f"{wrong[0].name} ({wrong[0].phase}): {wrong[0].detail}" if wrong else "nothing was checked"
+        )
+        return result
+    if unlike:
+        knob = result["knobs"][unlike[0]]
+        result["status"] = str(Status.INCORRECT)
+        result["reason"] = f"{unlike[0]}: asked for {knob['requested']}, the library used {knob['realised']}"
+        return result
+    result["measurements"] = [
+        document.measurement(cell.case, session.place.topology_class, s, per_rank[s.component, s.regime])
+        for s in outcome.series
+    ]
+    in_network = may_reduce_in_network(session.provenance["environment"])
+    reason = beats_limit(result, in_network)
+    if reason is not None:
+        result["status"], result["reason"] = str(Status.IMPLAUSIBLE), reason
+    if session.ranks.rank == 0:
+        entries = [document.sidecar_entry(s, per_rank[s.component, s.regime]) for s in outcome.series]
+        result["samples"] = write_samples(session.out, cell.id, entries)
+    return result
+
+
+def merge_checks(ranks: Ranks, checks: Sequence[Check]) -> list[Check]:
+    """One check for all ranks: passed where every rank passed, with the first failing rank's evidence."""
+    merged = []
+    for of_ranks in zip(*ranks.all_gather(list(checks)), strict=True):
+        first = of_ranks[0]
+        failed = [(rank, c) for rank, c in enumerate(of_ranks) if not c.passed]
+        if failed:
+            rank, bad = failed[0]
+            first = replace(bad, detail=f"rank {rank}: {bad.detail}")
+        merged.append(first)
+    return merged
+
+
+def tear_down(session: Session, heart: Heartbeat) -> None:
+    """Close the library, then the process group. A crash here cannot touch results already written."""
+    import torch.distributed as dist
+
+    heart.beat("teardown", 0)
+    faulthandler.dump_traceback_later(60, exit=True, file=sys.stderr)
+    session.backend.close()
+    session.ranks.barrier()
+    dist.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()

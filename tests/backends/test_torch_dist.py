@@ -1,0 +1,122 @@
+"""torch.distributed over real gloo ranks: every operation and exchange, judged by the oracle."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from collectivex.backends.torch_dist import FACTS, Backend
+from collectivex.runtime.processes import worker_command
+from collectivex.runtime.types import COLLECTIVE_OPS, Case, Collective, Moe
+
+SUITE = """\
+schema: collectivex.suite.v1
+name: gloo
+description: every path of torch_dist, small
+runs: 1
+order: declared
+deadline_s: 60
+sampling: {warmup_iterations: 1, warmup_s: 0, trials: 1, iterations: 2, chain_blocks: 4, chain_block: 1}
+groups:
+  - family: collective
+    ops: [all_reduce, all_gather, reduce_scatter, all_to_all, broadcast, reduce, sendrecv]
+    dtypes: [float32, bfloat16, float16]
+    sizes: [4, 100, 4KiB]
+    modes: [out-of-place]
+    regimes: [fresh, chained]
+  - family: collective
+    ops: [all_reduce]
+    dtypes: [float32, bfloat16]
+    sizes: [100]
+    modes: [in-place]
+    regimes: [fresh, chained]
+  - family: moe
+    workloads: [tiny]
+    dtypes: [bf16, fp8]
+    tokens: [1, 9]
+    modes: [normal, cached, low-latency]
+    routing:
+      - {kind: uniform}
+      - {kind: zipf, skew: 1.2, spread: linear}
+      - {kind: uniform, spread: one-empty}
+    regimes: [fresh, chained]
+    sampling: {checked_calls: 5}
+"""
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def run(request, tmp_path_factory) -> tuple[int, list[dict]]:
+    folder = tmp_path_factory.mktemp(f"gloo{request.param}")
+    (folder / "gloo.yaml").write_text(SUITE)
+    argv = worker_command()
+    argv = argv[: argv.index("worker")]
+    argv += ["run", "--suite", str(folder / "gloo.yaml"), "--backend", "torch_dist"]
+    argv += ["--ranks", str(request.param), "--out", str(folder / "out")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=240, check=False)
+    files = list((folder / "out" / "cells").glob("*.json"))
+    assert files, done.stderr
+    return request.param, [json.loads(Path(file).read_text()) for file in files]
+
+
+def test_every_operation_is_right_at_every_size_spread_and_dtype(run) -> None:
+    """Sizes that divide over no ranks, ranks without tokens, skew: all proven, none skipped."""
+    _, records = run
+
+    wrong = {r["identity"]["case_id"]: r["reason"] for r in records if r["status"] != "ok"}
+    assert {} == wrong
+    assert 7 * 3 * 3 + 2 + 2 * 2 * 3 * 3 == len(records)
+
+
+def test_the_padded_exchange_says_what_it_puts_on_the_wire(run) -> None:
+    """Every slot of every destination, filled or not: R * T rows of values, ids and weights."""
+    ranks, records = run
+    record = next(
+        r
+        for r in records
+        if r["case"]["variant"] == "padded" and r["case"]["shape"]["tokens"] == 9
+        if r["case"]["shape"]["dtype"] == "bf16"
+    )
+
+    shape = record["case"]["shape"]
+    row = 2 * shape["hidden"] + 8 * shape["topk"]
+    assert [ranks * 9 * row] * ranks == [wire["dispatch"] for wire in record["bytes"]["wire"]]
+
+
+def test_a_single_rank_moves_nothing_to_others(run) -> None:
+    """All rows of one rank are its own; of more ranks, what is sent is received."""
+    ranks, records = run
+    record = next(r for r in records if r["case"]["variant"] == "full")
+
+    sent = [r["rows_sent"]["scale_up"] for r in record["bytes"]["ranks"]]
+    received = [r["rows_received"]["scale_up"] for r in record["bytes"]["ranks"]]
+    assert sum(sent) == sum(received)
+    assert (ranks == 1) == (sum(sent) == 0)
+
+
+@pytest.mark.parametrize(("op", "mode"), list(product(COLLECTIVE_OPS, ["out-of-place", "in-place"])))
+def test_what_is_offered_in_place_is_all_reduce_alone(op, mode) -> None:
+    """Everything else in place is refused in a sentence."""
+    case = Case("torch_dist", "", mode, Collective(op, 1024, "float32"), 4)
+
+    reason = Backend().why_not(case)
+
+    assert (reason is None) == (mode == "out-of-place" or op == "all_reduce")
+    assert reason is None or reason == f"torch_dist has no in-place {op}"
+
+
+def test_experts_that_do_not_divide_are_refused() -> None:
+    """One sentence with both numbers."""
+    case = Case("torch_dist", "full", "normal", Moe("odd", 256, 2, 10, 4), 4)
+
+    assert "10 experts cannot be divided over 4 ranks" == Backend().why_not(case)
+
+
+def test_every_window_is_declared() -> None:
+    """What is inside each timed component is said, for every variant."""
+    for variant in FACTS.variants:
+        expected = {"call"} if variant.family == "collective" else {"dispatch", "combine"}
+        assert expected == set(variant.window)

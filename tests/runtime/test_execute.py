@@ -1,0 +1,294 @@
+"""`cx run` with real rank processes: whatever a library does, every cell ends as one record that says so.
+
+One execution with a fault per cell is run once and looked at by many tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from collectivex.runtime import validate
+from collectivex.runtime.processes import worker_command
+
+HEAD = """\
+schema: collectivex.suite.v1
+name: faults
+description: one fault a cell
+runs: 1
+order: declared
+deadline_s: {deadline}
+sampling: {{warmup_iterations: 1, warmup_s: 0, trials: 1, iterations: 4, chain_blocks: 4, chain_block: 2}}
+groups:
+"""
+GROUP = """\
+  - family: moe
+    backends: [fake]
+    workloads: [tiny]
+    dtypes: [bf16]
+    tokens: [{tokens}]
+    modes: [normal]
+    variants: [rank-sum]
+    regimes: [fresh, chained]
+    knobs: {knobs}
+"""
+# In this order: an honest cell after every kind of end shows that the rest goes on.
+CELLS = [
+    "",
+    "crash",
+    "",
+    "hang",
+    "exit-without-result",
+    "",
+    "out-of-memory",
+    "wrong-expert",
+    "knob-ignored",
+    "",
+]
+
+
+def write_suite(folder: Path, faults: list[str], deadline: float = 5) -> Path:
+    groups = []
+    for tokens, fault in enumerate(faults, start=1):
+        knobs = {"latency_us": "dispatch=10,combine=20", **({"fault": fault} if fault else {})}
+        groups.append(GROUP.format(tokens=tokens, knobs=json.dumps(knobs)))
+    path = folder / "faults.yaml"
+    path.write_text(HEAD.format(deadline=deadline) + "".join(groups))
+    return path
+
+
+def cx(*arguments: str) -> list[str]:
+    argv = worker_command()
+    return [*argv[: argv.index("worker")], *arguments]
+
+
+def run(suite: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    argv = cx("run", "--suite", str(suite), "--backend", "fake", "--ranks", "2", "--out", str(out), *more)
+    return subprocess.run(argv, capture_output=True, text=True, timeout=240, check=False)
+
+
+def records(out: Path) -> list[dict]:
+    """The records in the order of the manifest."""
+    manifest = json.loads((out / "manifest.json").read_text())
+    return [json.loads((out / entry["file"]).read_text()) for entry in manifest["cells"]]
+
+
+def worker_processes(out: Path) -> list[int]:
+    """Processes whose command line names this folder."""
+    found = []
+    for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(out).encode() in cmdline.read_bytes() and int(cmdline.parent.name) != os.getpid():
+                found.append(int(cmdline.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faulty")
+    done = run(write_suite(folder, CELLS), folder / "out")
+    assert (folder / "out" / "manifest.json").exists(), done.stderr
+    return folder / "out", done, dict(enumerate(records(folder / "out")))
+
+
+def test_every_requested_cell_has_exactly_one_record(faulty):
+    """Crashes, hangs and silent exits included."""
+    out, done, found = faulty
+
+    statuses = [found[i]["status"] for i in range(len(CELLS))]
+    ended = {"": "ok", "crash": "failed", "hang": "timeout", "exit-without-result": "failed"}
+    ended |= {"out-of-memory": "failed", "wrong-expert": "incorrect", "knob-ignored": "incorrect"}
+    assert [ended[fault] for fault in CELLS] == statuses, done.stderr
+    assert len(CELLS) == len(list((out / "cells").glob("*.json")))
+
+
+def test_the_exit_code_says_that_some_cell_is_not_ok(faulty):
+    """The same code as the gate's, and the reasons are on stdout."""
+    _, done, _ = faulty
+
+    assert 1 == done.returncode
+    assert "ok 4 / 10" in done.stdout
+
+
+def test_the_folder_is_valid_in_itself(faulty, capsys):
+    """`cx validate` finds nothing wrong with what crashed cells left behind."""
+    out, _, _ = faulty
+
+    code = validate.command(argparse.Namespace(dirs=[str(out)], published=False))
+
+    assert 0 == code, capsys.readouterr()
+
+
+def test_a_known_clock_is_measured_exactly(faulty):
+    """Dispatch 10 us, combine 20 us, on every rank: the whole path adds and loses nothing."""
+    _, _, found = faulty
+
+    medians = {(m["component"], m["regime"]): m[m["headline"]]["p50"] for m in found[0]["measurements"]}
+    assert {
+        ("dispatch", "fresh"): 10.0,
+        ("combine", "fresh"): 20.0,
+        ("roundtrip", "fresh"): 30.0,
+        ("roundtrip", "chained"): 30.0,
+        ("dispatch_floor", "chained"): 10.0,
+        ("combine_floor", "chained"): 20.0,
+    } == medians
+
+
+def test_a_crash_names_the_signal_the_rank_and_where_it_was(faulty):
+    """The record carries the stacks of the ranks."""
+    _, _, found = faulty
+    record = found[CELLS.index("crash")]
+
+    assert re.search(r"rank 1 killed by SIGSEGV", record["reason"])
+    assert "SIGSEGV" == record["failure"]["signal"]
+    assert "Segmentation fault" in record["failure"]["ranks"][1]["stack"]
+
+
+def test_a_hang_records_where_every_rank_was(faulty):
+    """Phase and Python stack of each rank: the one that hangs and those that wait for it."""
+    _, _, found = faulty
+    record = found[CELLS.index("hang")]
+
+    assert "no result within the deadline of 5 s" in record["reason"]
+    assert ["rank 0", "rank 1"] == re.findall(r"rank \d", record["reason"])
+    assert all("File" in rank["stack"] for rank in record["failure"]["ranks"])
+    assert "_fake" in record["failure"]["ranks"][1]["stack"]
+
+
+def test_an_exit_without_a_result_is_not_success(faulty):
+    """Exit code 0 and nothing written is a failure with a reason."""
+    _, _, found = faulty
+
+    assert "without a result" in found[CELLS.index("exit-without-result")]["reason"]
+
+
+def test_running_out_of_memory_says_so(faulty):
+    """The library's own error is the reason."""
+    _, _, found = faulty
+
+    assert "OutOfMemoryError" in found[CELLS.index("out-of-memory")]["reason"]
+
+
+def test_a_wrong_answer_publishes_no_latency(faulty):
+    """Incorrect: the evidence and no number."""
+    _, _, found = faulty
+    record = found[CELLS.index("wrong-expert")]
+
+    assert [] == record["measurements"]
+    assert record["samples"] is None
+    assert not record["correctness"]["passed"]
+
+
+def test_a_knob_that_was_not_applied_makes_the_case_incorrect(faulty):
+    """Both what was asked for and what was realised are in the record."""
+    _, _, found = faulty
+    record = found[CELLS.index("knob-ignored")]
+
+    assert "asked for" in record["reason"]
+    assert any(knob["requested"] != knob["realised"] for knob in record["knobs"].values())
+
+
+def test_nothing_of_the_group_survives(faulty):
+    """No rank, hung or waiting, is left behind."""
+    out, _, _ = faulty
+
+    assert [] == worker_processes(out)
+
+
+def test_no_record_tells_the_host_or_the_user(faulty):
+    """Stacks and error texts are scrubbed."""
+    out, _, _ = faulty
+    text = "".join(path.read_text() for path in (out / "cells").glob("*.json"))
+
+    assert os.uname().nodename not in text
+    assert str(Path.home()) + "/" not in text
+    assert str(Path(__file__).resolve().parent.parent.parent) not in text
+
+
+def test_the_key_of_the_host_hashes_is_gone(faulty):
+    """What could turn hashes back into names does not stay beside the logs."""
+    out, _, _ = faulty
+
+    assert not (out / "logs" / ".key").exists()
+
+
+def test_interrupted_and_resumed(tmp_path):
+    """Ctrl-C leaves valid files and says what did not run; --resume runs just that."""
+    out = tmp_path / "out"
+    suite = write_suite(tmp_path, ["", "slow", ""], deadline=60)
+    argv = cx("run", "--suite", str(suite), "--backend", "fake", "--ranks", "2", "--out", str(out))
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while not list((out / "cells").glob("tiny-t1-*.json")) and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+
+    assert 1 == process.returncode, stderr
+    assert ["ok", "not-run", "not-run"] == [record["status"] for record in records(out)]
+    assert "--resume" in stderr
+    assert [] == worker_processes(out)
+    kept = next((out / "cells").glob("tiny-t1-*.json")).read_text()
+
+    resumed = subprocess.run(
+        [*argv, "--resume", "--deadline", "1"], capture_output=True, text=True, check=False
+    )
+
+    assert ["ok", "timeout", "ok"] == [record["status"] for record in records(out)], resumed.stderr
+    assert kept == next((out / "cells").glob("tiny-t1-*.json")).read_text()
+
+
+def test_a_folder_with_other_files_is_refused_before_anything_starts(tmp_path):
+    """Nothing of the user's is mixed with ours."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("")
+
+    done = run(write_suite(tmp_path, [""]), tmp_path / "out")
+
+    assert 2 == done.returncode
+    assert re.search("error: .*not ours\nhint: ", done.stderr)
+    assert ["thesis.tex"] == os.listdir(tmp_path / "out")
+
+
+def test_a_missing_library_ends_all_its_cells_with_the_reason(tmp_path):
+    """Set-up that fails is not tried again for every cell."""
+    suite = write_suite(tmp_path, ["missing-library", ""])
+
+    done = run(suite, tmp_path / "out")
+
+    first, second = records(tmp_path / "out")
+    assert "MissingLibrary" in first["reason"]
+    assert "ok" == second["status"], done.stderr
+
+
+def test_without_torch_the_error_says_how_to_get_it(tmp_path):
+    """No traceback, exit code 2."""
+    block = tmp_path / "block"
+    block.mkdir()
+    (block / "sitecustomize.py").write_text(
+        "import importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda name, package=None: None if name == 'torch' else find(name, package)\n"
+    )
+    argv = cx(
+        "run", "--suite", str(write_suite(tmp_path, [""])), "--backend", "fake", "--out", str(tmp_path / "o")
+    )
+
+    done = subprocess.run(
+        argv, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(block)}
+    )
+
+    assert 2 == done.returncode
+    assert done.stderr.startswith("error: torch is not installed")
+    assert "Traceback" not in done.stderr
+    assert sys.executable in done.stderr

@@ -1,0 +1,133 @@
+"""`cx plan` and `cx list`: plans as golden files, and what the tables and JSON say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import collectivex
+from collectivex.runtime import cli, detect, listing, planning, registry, sku, suite
+from collectivex.runtime.types import case_from_json
+
+HOME = Path(collectivex.__file__).parents[1]
+LAPTOP = detect.Machine("cpu", (), "AMD EPYC", 2)
+
+
+@pytest.fixture(autouse=True)
+def laptop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`local` is the same machine wherever the tests run."""
+    monkeypatch.setattr(detect, "machine", lambda: LAPTOP)
+
+
+def said(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert cli.main(argv) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+@pytest.mark.parametrize("pool", sku.names())
+@pytest.mark.parametrize("name", suite.names())
+def test_a_plan_is_its_golden_file(
+    capsys: pytest.CaptureFixture[str], golden: Callable[[str, str], None], name: str, pool: str
+) -> None:
+    """A change of suite, SKU or backend shows in review as what it changes in the matrix."""
+    golden(f"plan/{name}.{pool}.txt", said(capsys, "plan", "--suite", name, "--sku", pool))
+
+
+def test_golden_plans_are_those_of_what_exists(request: pytest.FixtureRequest) -> None:
+    """No golden file stays behind when a suite or SKU goes."""
+    folder = request.path.parent.parent / "golden" / "plan"
+    expected = {f"{s}.{k}.txt" for s in suite.names() for k in sku.names()}
+    assert {p.name for p in folder.iterdir()} == expected
+
+
+def test_json_holds_every_cell_with_its_case(capsys: pytest.CaptureFixture[str]) -> None:
+    """Cell ids follow from the cases, positions count up, totals add up."""
+    plan = json.loads(
+        said(capsys, "plan", "--suite", "smoke", "--sku", "local", "--runs", "2", "--format", "json")
+    )
+    assert plan["schema"] == planning.PLAN_SCHEMA
+    for position, cell in enumerate(plan["cells"]):
+        assert cell["position"] == position
+        assert cell["cell_id"] == f"{case_from_json(cell['case']).id}.r{cell['run']}"
+    totals = plan["totals"]
+    assert totals["cells"] == len(plan["cells"]) == totals["to_run"] + totals["unsupported"]
+
+
+def test_leaving_out_suite_and_sku_gives_the_totals_of_all(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line for each pair; in JSON the list of their plans."""
+    lines = said(capsys, "plan").splitlines()
+    assert len(lines) == 2 + len(suite.names()) * len(sku.names())
+    plans = json.loads(said(capsys, "plan", "--suite", "smoke", "--format", "json"))
+    assert [p["sku"] for p in plans] == sku.names()
+
+
+def test_options_of_plan_mean_what_they_mean_for_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """The backend and the ranks are those asked for."""
+    argv = [
+        "plan",
+        "--suite",
+        "smoke",
+        "--sku",
+        "local",
+        "--backend",
+        "fake",
+        "--ranks",
+        "2",
+        "--format",
+        "json",
+    ]
+    cases = [cell["case"] for cell in json.loads(said(capsys, *argv))["cells"]]
+    assert {(c["backend"], c["ranks"]) for c in cases} == {("fake", 2)}
+
+
+def test_every_plan_of_every_suite_and_sku_takes_less_than_a_second() -> None:
+    """The whole command, start of Python included; the best of three, for the machine is shared."""
+    argv = [sys.executable, "-m", "collectivex", "plan"]
+    assert min(seconds(argv) for _ in range(3)) < 1.0
+
+
+def seconds(argv: list[str]) -> float:
+    began = time.perf_counter()
+    subprocess.run(argv, check=True, capture_output=True, timeout=60, cwd=HOME)
+    return time.perf_counter() - began
+
+
+@pytest.mark.parametrize(
+    ("what", "key", "names"),
+    [
+        ("backends", "backend", registry.visible),
+        ("suites", "suite", suite.names),
+        ("skus", "sku", sku.names),
+        ("workloads", "workload", lambda: list(suite.load_workloads())),
+    ],
+)
+def test_lists_name_everything(
+    capsys: pytest.CaptureFixture[str], what: str, key: str, names: Callable[[], list[str]]
+) -> None:
+    """As a table for people and as JSON for programs, the same rows."""
+    rows: list[dict[str, Any]] = json.loads(said(capsys, "list", what, "--format", "json"))
+    assert [row[key] for row in rows] == names()
+    table = said(capsys, "list", what).splitlines()
+    assert [line.split()[0] for line in table[2:]] == names()
+
+
+def test_backends_show_what_they_are_worth(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whether a backend has run on its hardware stands in every list of backends."""
+    rows = json.loads(said(capsys, "list", "backends", "--format", "json"))
+    assert {row["validated"] for row in rows} <= {"hardware", "contract-only"}
+    assert all(row["pin"] and row["modes/variants"] for row in rows)
+
+
+def test_table_columns_are_aligned_and_never_cut() -> None:
+    """Wide cells make wide columns; nothing is left at the end of a line."""
+    text = listing.table(["a", "bb"], [["xxx", "1"], ["y", "a long sentence"]])
+    assert text.splitlines() == ["a    bb", "---  ---------------", "xxx  1", "y    a long sentence"]

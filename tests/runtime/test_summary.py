@@ -1,0 +1,268 @@
+"""The three formats: text for terminals, Markdown that stays Markdown, JSON that stays the same."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from factory import collective_case, execution, moe_case, result, suite_results
+
+from collectivex.runtime import summary, wording
+from collectivex.runtime.cli import main
+from collectivex.runtime.records import Limit
+from collectivex.runtime.summary import markdown, read_summary, text, to_json
+
+ROOT = Path(__file__).resolve().parents[2]
+Golden = Callable[[str, str], None]
+NASTY = (
+    "a|b `c` <img src=x onerror=alert(1)> [l](http://x) *s* \x1b[31mred\x1b[0m \u202eltr\nnext | line &amp;"
+)
+
+
+def plain(found: summary.Summary) -> str:
+    return "".join("".join(span for span, _ in line).rstrip() + "\n" for line in text(found))
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    """Three runs of a varied suite in a folder, with a missing cell, a warning and a stray file."""
+    documents = suite_results(runs=3)
+    documents[0]["measurements"][0]["settled"] = False
+    folder = execution(tmp_path / "out", documents, missing=["gone-12345678.r0"])
+    (folder / "cells" / "stray.json").write_text('{"schema": "other"}')
+    return folder
+
+
+def test_the_text_form_is_as_reviewed(suite: Path, monkeypatch: pytest.MonkeyPatch, golden: Golden) -> None:
+    """The whole text, byte for byte."""
+    monkeypatch.chdir(suite)
+    golden("summary/suite.txt", plain(read_summary(["."])))
+
+
+def test_the_markdown_form_is_as_reviewed(
+    suite: Path, monkeypatch: pytest.MonkeyPatch, golden: Golden
+) -> None:
+    """The whole Markdown, byte for byte."""
+    monkeypatch.chdir(suite)
+    golden("summary/suite.md", "\n".join(markdown(read_summary(["."]))) + "\n")
+
+
+def test_the_json_form_is_as_reviewed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden: Golden
+) -> None:
+    """The whole document: whoever parses it may rely on it."""
+    documents = [result(run=run, runs=3) for run in range(3)]
+    documents += [result(moe_case(), warnings=["clocks"]), result(moe_case(256), status="failed")]
+    monkeypatch.chdir(execution(tmp_path, documents))
+    (tmp_path / "cells" / "stray.json").write_text("{}")
+    golden("summary/small.json", json.dumps(_rounded(to_json(read_summary(["."]))), indent=1) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to 9 digits: the last bits of exp and log may differ between machines."""
+    if isinstance(value, float):
+        return float(f"{value:.9g}")
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    return [_rounded(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def test_the_json_form_has_the_keys_its_documentation_names(suite: Path) -> None:
+    """Every key stands in the docstring of the module, which is the documentation."""
+
+    def keys(value: Any) -> set[str]:
+        if isinstance(value, dict):
+            free = {"counts", "GBps", "knobs"}  # their keys are data
+            return set(value) | {k for name, v in value.items() if name not in free for k in keys(v)}
+        return {key for inner in value for key in keys(inner)} if isinstance(value, list) else set()
+
+    documented = set(re.findall(r"\w+", summary.__doc__ or ""))
+    assert keys(to_json(read_summary([suite]))) - documented == set()
+
+
+def test_json_on_stdout_is_one_document_and_nothing_else(
+    suite: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Problems and hints go to stderr, data to stdout."""
+    code = main(["summarize", str(suite), "--format", "json"])
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert document["gate"]["exit_code"] == code == 1
+    assert "stray.json is not a CollectiveX result" in err
+
+
+def test_every_number_of_every_format_is_the_same(suite: Path) -> None:
+    """What the text and the Markdown show are the rounded numbers of the JSON."""
+    found = read_summary([suite])
+    first = to_json(found)["tables"][0]["lines"][0]["entries"][0]
+    row = next(line for line in plain(found).splitlines() if " 1 KiB " in line)
+    assert first["label"] in row
+    assert f" {first['us']:.2f} " in row
+    assert f" {first['p99_us']:.2f} " in row
+    assert any(f"| {first['us']:.2f} |" in line for line in markdown(found))
+
+
+def rows_of(lines: list[str]) -> list[list[str]]:
+    """The tables of a Markdown text as GitHub cuts them: at every pipe that is not escaped."""
+    return [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if line.startswith("|")]
+
+
+def test_every_markdown_table_is_rectangular(suite: Path) -> None:
+    """GitHub drops cells beyond the header's and pads missing ones: neither may happen."""
+    lines = list(markdown(read_summary([suite])))
+    widths = set()
+    for at, line in enumerate(lines):
+        if set(line) <= set("|-: ") and line.startswith("|"):
+            end = next(i for i in range(at, len(lines)) if not lines[i].startswith("|"))
+            block = rows_of(lines[at - 1 : end])
+            assert len({len(row) for row in block}) == 1
+            assert lines[at - 2] == "", "a table needs an empty line before it"
+            widths.add(len(block[0]))
+    assert widths
+
+
+def nasty_documents() -> list[dict[str, Any]]:
+    """Foreign text in every free field that a summary shows."""
+    evil = replace(collective_case(), backend=NASTY, variant=NASTY)
+    moe = moe_case(backend="x")
+    shape = replace(moe.shape, workload=NASTY)
+    return [
+        result(evil, warnings=[NASTY]),
+        result(replace(moe, shape=shape), topology=NASTY),
+        result(moe, status="failed", reason=NASTY),
+    ]
+
+
+def test_markdown_is_safe_against_what_results_contain(tmp_path: Path) -> None:
+    """No pipe breaks a table, no tag or link gets through, no line is broken, no terminal is told anything."""
+    lines = list(markdown(read_summary([execution(tmp_path, nasty_documents())])))
+    whole = "\n".join(lines)
+    assert not re.search(r"(?<!\\)[<>`]", re.sub(r"\*\*", "", whole))
+    assert not re.search(r"(?<!\\)\[l", whole)
+    assert not any(line.startswith("next") for line in lines)
+    assert "\x1b" not in whole
+    assert "\u202e" not in whole
+    assert len({len(row) for row in rows_of(lines) if len(row) > 3}) == 1
+
+
+def test_text_is_safe_against_what_results_contain(tmp_path: Path) -> None:
+    """Control characters of foreign results never reach a terminal, and a reason stays on its line."""
+    shown = plain(read_summary([execution(tmp_path, nasty_documents())]))
+    assert "\x1b" not in shown
+    assert "\u202e" not in shown
+    assert not any(line.startswith("next") for line in shown.splitlines())
+
+
+def test_text_is_plain_when_it_is_not_a_terminal(suite: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pipes and files get no escape codes, and each line as long as it is."""
+    main(["summarize", str(suite)])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert max(map(len, out.splitlines())) > 80
+
+
+def test_text_has_colour_on_a_terminal_unless_told_not_to(
+    suite: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """rich decides; with NO_COLOR there is no colour left, and without its escapes the text is the same."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    main(["summarize", str(suite)])
+    colour = capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", "1")
+    main(["summarize", str(suite)])
+    without = capsys.readouterr().out
+    assert re.search(r"\x1b\[[0-9;]*3[0-9]", colour)
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]", without)
+    bare = [line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", colour).splitlines()]
+    assert bare == [line.rstrip() for line in plain(read_summary([suite])).splitlines()]
+
+
+def test_every_cell_that_is_not_ok_is_listed(suite: Path) -> None:
+    """All of them, in text and Markdown, runs of a case together."""
+    found = read_summary([suite])
+    for shown in (plain(found), "\n".join(markdown(found)).replace("\\", "")):
+        for note in found.not_ok:
+            for cell in wording.cell_list(note.cells):
+                assert cell in shown
+    assert "deepep-expand-timeout-" in plain(found)
+
+
+def test_a_filter_by_regime_keeps_its_tables_only(suite: Path) -> None:
+    """The counts stay those of everything requested."""
+    found = read_summary([suite], regimes=["chained"])
+    assert {table.group.regime for table in found.tables} == {"chained"}
+    assert found.verdict == read_summary([suite]).verdict
+
+
+def test_asking_for_a_percentile_shows_it(suite: Path) -> None:
+    """p95 in the heading, once; p99 beside it."""
+    found = read_summary([suite], percentile="p95")
+    assert wording.header(found.tables[0])[2:5] == ["p95 µs", "95 % interval", "p99 µs"]
+    assert wording.header(read_summary([suite], percentile="p99").tables[0]).count("p99 µs") == 1
+
+
+def test_the_script_works_from_a_bare_checkout_and_anywhere(suite: Path, tmp_path: Path) -> None:
+    """`python summarize.py DIR` without our package installed, from any folder, with the gate's exit code."""
+    command = [sys.executable, "-S", str(ROOT / "summarize.py"), str(suite), "--format", "markdown"]
+    paths = [path for path in sys.path if "site-packages" in path]
+    environment = {"PYTHONPATH": ":".join(paths), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == "\n".join(markdown(read_summary([suite]))) + "\n"
+
+
+def test_the_script_explains_itself() -> None:
+    """--help names the formats, and exits 0."""
+    command = [sys.executable, str(ROOT / "summarize.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "markdown" in done.stdout
+
+
+def test_a_table_without_limits_has_no_column_for_them(tmp_path: Path) -> None:
+    """A CPU has no limit to be a share of, so nothing is left empty."""
+    table = read_summary([execution(tmp_path, [result(limits=None)])]).tables[0]
+    assert "of limit" not in wording.header(table)
+    entry = table.lines[0].entries[0]
+    assert len(wording.cells(table, table.lines[0], entry, True)) == len(wording.header(table))
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(0, "0 B"), (512, "512 B"), (1024, "1 KiB"), (3 << 19, "1.5 MiB"), (1 << 30, "1 GiB"), (1000, "1000 B")],
+)
+def test_sizes_are_said_in_binary_units(count: int, said: str) -> None:
+    """1 KiB is 1024 bytes; what no unit divides is still exact to four digits."""
+    assert wording.size(count) == said
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(9.234, "9.23"), (12.06, "12.06"), (123.44, "123.4"), (4567.8, "4568")]
+)
+def test_times_have_the_digits_a_clock_can_give(value: float, said: str) -> None:
+    """Two decimals below 100 us, none from 1000 us on."""
+    assert wording.us(value) == said
+
+
+def test_runs_of_one_case_are_listed_as_ranges() -> None:
+    """r0 to r2 and r4 of one case on one line; another case on its own."""
+    assert wording.cell_list(["a-1.r0", "a-1.r1", "b-2.r0", "a-1.r2", "a-1.r4", "odd"]) == [
+        "a-1.r0-r2,r4",
+        "b-2.r0",
+        "odd",
+    ]
+
+
+def test_a_limit_says_where_it_comes_from() -> None:
+    """A share of a limit is worth what its source is."""
+    said = wording.limit_source(Limit("scale-up", 450.0, "datasheet", "the vendor's table"))
+    assert said == "Limit 450 GB/s scale-up: datasheet, the vendor's table"
