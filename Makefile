@@ -54,15 +54,18 @@ $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "error: CollectiveX needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)" >&2; \
 	    echo "hint: make PYTHON=/path/to/python3.12 ..." >&2; exit 2; }
+	@echo "making $(VENV)"
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
-	  echo "making $(VENV), with the torch of $(PYTHON)"; \
 	  $(PYTHON) -m venv --clear --system-site-packages $(VENV); \
 	else \
-	  echo "making $(VENV)"; \
 	  $(PYTHON) -m venv --clear $(VENV); \
 	fi
-	@$(BIN)/python -c 'import torch' 2>/dev/null || \
-	  { echo "installing $(TORCH), once; this can take minutes"; $(PIP) install "$(TORCH)"; }
+	@if $(BIN)/python -c 'import torch' 2>/dev/null; then \
+	  echo "using the torch of $(PYTHON)"; \
+	else \
+	  echo "installing $(TORCH), once; this can take minutes"; \
+	  $(PIP) install "$(TORCH)"; \
+	fi
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/.torch

@@ -130,7 +130,7 @@ class Received:
 
 class CollectiveCall(Protocol):
     """One collective, ready to run. The backend allocates, the harness fills `input` and reads `output`
-    (the same tensor when in place). Element counts: `problem.collective_counts`."""
+    (overlapping memory when in place). Element counts: `runtime.bandwidth.collective_counts`."""
 
     input: torch.Tensor
     output: torch.Tensor

@@ -148,11 +148,13 @@ class Backend:
         reason = base.why_not(self.facts, case)
         if reason is not None:
             return reason
-        name = str(dict(case.knobs).get("fault", "")).partition("@")[0]
+        name, at, first = str(dict(case.knobs).get("fault", "")).partition("@")
         if not name:
             return None
         if name not in FAULTS:
             return f"fake has no fault {name!r}; it has {', '.join(FAULTS)}"
+        if at and not first.isdecimal():
+            return f"the fault {name!r} cannot start at call {first!r}; write {name}@5"
         if case.family not in FAULTS[name].families or not FAULTS[name].only(case):
             return f"the fault {name!r} means nothing in {case.id}"
         return None

@@ -128,6 +128,7 @@ class Call:
 
     def __init__(self, context: Context, shape: Collective, in_place: bool):
         import torch
+        import torch.distributed as dist
 
         ranks, self.group = context.ranks, context.group
         self.rank, self.size = ranks.rank, ranks.size
@@ -135,6 +136,11 @@ class Call:
         sent, received, _ = collective_counts(shape.op, shape.bytes, shape.dtype, ranks.size)
         self.input = torch.zeros(sent, dtype=dtype, device=context.device.torch_device)
         self.output = self.input if in_place else self.input.new_zeros(received)
+        # torch 2.13 renamed both; the old names there warn, and cost a wrapper more
+        renamed = hasattr(dist, "reduce_scatter_single")
+        self.reduce_scatter = dist.reduce_scatter_single if renamed else dist.reduce_scatter_tensor
+        renamed = hasattr(dist, "all_gather_single")
+        self.all_gather = dist.all_gather_single if renamed else dist.all_gather_into_tensor
         self.run: Callable[[], None] = getattr(self, f"_{shape.op}{'_in_place' if in_place else ''}")
 
     def _all_reduce_in_place(self) -> None:
@@ -149,14 +155,10 @@ class Call:
         dist.all_reduce(self.output, group=self.group)
 
     def _all_gather(self) -> None:
-        import torch.distributed as dist
-
-        dist.all_gather_into_tensor(self.output, self.input, group=self.group)
+        self.all_gather(self.output, self.input, group=self.group)
 
     def _reduce_scatter(self) -> None:
-        import torch.distributed as dist
-
-        dist.reduce_scatter_tensor(self.output, self.input, group=self.group)
+        self.reduce_scatter(self.output, self.input, group=self.group)
 
     def _all_to_all(self) -> None:
         import torch.distributed as dist
@@ -284,12 +286,16 @@ class _Exchange:
         return received
 
     def sum_back(self, back: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """[T, H] bf16: for each token the float32 sum of its rows in `back`, rounded once.
+        """[T, H] bf16: for each token the float32 sum of its rows in `back`, rounded once, in one kernel.
 
         back    [N + 1, H]; slots [R, T] rows of it, N where a rank returns nothing for a token
         """
         import torch.nn.functional as F
 
+        if back.is_cuda:
+            from ._torch_dist_kernel import gather_sum
+
+            return gather_sum(back, slots)
         return F.embedding_bag(slots.t(), back, mode="sum", padding_idx=back.shape[0] - 1)
 
     def as_received(self, rows: torch.Tensor, metadata: torch.Tensor) -> Received:

@@ -122,7 +122,9 @@ def draw(plan: Plan, styles: Mapping[str, style.Style]) -> Figure:
 def _handle(label: str, of: style.Style) -> Any:
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], label=wording.clean(label), color=of.colour, marker=of.marker, linestyle=of.dash, markersize=5)
+    return Line2D(
+        [], [], label=wording.clean(label), color=of.colour, marker=of.marker, linestyle=of.dash, markersize=5
+    )
 
 
 def _labels(tables: Sequence[Table]) -> list[str]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from . import environment
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -32,27 +34,25 @@ def machine(root: Path = Path("/")) -> Machine:
     """This machine. `root` stands in for / in tests."""
     model, cores = _cpu(root)
     nvidia = _nvidia_from_kernel(root)
-    if nvidia is None and root == Path("/"):
+    if not nvidia and root == Path("/"):
         nvidia = _nvidia_from_smi()
     amd = () if nvidia else _amd(root)
-    vendor = "nvidia" if nvidia else "amd" if amd else "cpu"
-    return Machine(vendor, nvidia or amd, model, cores)
+    usable = (nvidia or amd)[: environment.visible_gpus()]
+    vendor = "cpu" if not usable else "nvidia" if nvidia else "amd"
+    return Machine(vendor, usable, model, cores)
 
 
 def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
 
 
-def _nvidia_from_kernel(root: Path) -> tuple[str, ...] | None:
-    """Product names of the GPUs whose device file is here, or None when the driver is not visible.
+def _nvidia_from_kernel(root: Path) -> tuple[str, ...]:
+    """Product names of the GPUs whose device file is here.
 
     A container sees the /proc entries of the whole host, but only the device files it was given.
     """
-    folder = root / "proc/driver/nvidia/gpus"
-    if not folder.is_dir():
-        return None
     found: list[tuple[int, str]] = []
-    for file in folder.glob("*/information"):
+    for file in root.glob("proc/driver/nvidia/gpus/*/information"):
         facts = dict(re.findall(r"^([^:\n]+):[ \t]*(.*?)[ \t]*$", file.read_text(), re.MULTILINE))
         minor = int(facts.get("Device Minor", "-1"))
         if (root / f"dev/nvidia{minor}").exists():
@@ -61,7 +61,7 @@ def _nvidia_from_kernel(root: Path) -> tuple[str, ...] | None:
 
 
 def _nvidia_from_smi() -> tuple[str, ...]:
-    """For drivers without /proc entries (WSL)."""
+    """For drivers without /proc entries or device files of that name (WSL, MIG)."""
     try:
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
     except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired):

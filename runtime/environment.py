@@ -143,10 +143,16 @@ def child_environment(
     return child
 
 
-def python_path(environ: Mapping[str, str] | None = None) -> list[str]:
-    """The entries of PYTHONPATH."""
+def visible_gpus(environ: Mapping[str, str] | None = None) -> int | None:
+    """How many GPUs CUDA_VISIBLE_DEVICES (or HIP_, ROCR_) leaves, or None where nothing is hidden."""
     env = os.environ if environ is None else environ
-    return [entry for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        if name in env:
+            listed = [entry.strip() for entry in env[name].split(",")]
+            # the runtimes stop at the first entry that is no device: "0,-1,1" leaves one
+            stop = next((i for i, entry in enumerate(listed) if entry in ("", "-1", "NoDevFiles")), len(listed))
+            return stop
+    return None
 
 
 def die_with_parent() -> None:

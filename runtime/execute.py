@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from .manifest import Manifest
 from .matrix import Planned
 from .processes import LocalGroup
 from .progress import Progress
+from .scrub import scrub
 from .sku import Sku, load_sku
 from .suite import Suite, load_suite
 from .supervise import Ending, Shard, Watch, supervise
@@ -41,7 +43,7 @@ def command(args: argparse.Namespace) -> int:
         return 0
     require_torch()
     out = Path(args.out or default_folder(suite.name))
-    manifest = Manifest.open(out, suite.name, sku.name, sys.argv[1:], [p.cell for p in planned], args.resume)
+    manifest = Manifest.open(out, suite.name, sku.name, [scrub(a) for a in sys.argv[1:]], [p.cell for p in planned], args.resume)
     execution = Execution(suite, sku, planned, out, manifest, Progress(len(planned)), args.fail_fast)
     try:
         execution.run()
@@ -160,8 +162,8 @@ class Execution:
         backend = registry.load(shard.backend)
         size = shard.cells[0].case.ranks
         env = {**self.sku.env, **backend.facts.env}
-        if self.sku.device == "cpu":
-            env.setdefault("OMP_NUM_THREADS", "1")
+        # Ranks share the cores: with torch's default every rank would take them all.
+        env.setdefault("OMP_NUM_THREADS", str(max(1, min(8, (os.cpu_count() or 1) // size))))
 
         def start(cells: Sequence[Cell], folder: Path) -> LocalGroup:
             path = folder / "cases.json"

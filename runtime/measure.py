@@ -19,6 +19,9 @@ from .ranks import Ranks
 from .stats import late_over_early, settled
 from .types import Sampling, Series
 
+BLOCK_US = (
+    500.0  # a block lasts at least this long, so that its mark (some 5 us of the host's time) is 1 % of it
+)
 DROPPED_BLOCKS = 3  # of each chain: the pipeline fills, ranks fall into step
 WARMUP_BATCH = 8
 
@@ -186,13 +189,13 @@ def chained(
 ) -> Series:
     """Turns back to back with no host synchronisation, as a decode loop issues them: the period of a turn.
 
-    One mark a block of `chain_block` turns and nothing else between them, so that measuring costs the loop
-    nothing it would not pay anyway; one sample is a block's mean. With the regime "graph" `call` is one
-    replay of a graph that holds a whole block (`turns_per_call`).
+    One mark a block and nothing else between them, so that measuring costs the loop nothing it would not pay
+    anyway; one sample is a block's mean. A block has `chain_block` turns, or more where that is less than
+    BLOCK_US. With the regime "graph" `call` is one replay of a graph that holds `turns_per_call` turns.
     """
     began = time.perf_counter()
     sampling, device = bench.sampling, bench.device
-    calls = max(1, sampling.chain_block // turns_per_call)
+    calls = _calls_per_block(bench, call, max(1, sampling.chain_block // turns_per_call))
     samples: list[float] = []
     trials, reason = 0, "complete"
     for trial in range(sampling.trials):
@@ -217,6 +220,16 @@ def chained(
         settled=_steady(bench, samples),
         health={"settle_drift": late_over_early(samples)},
     )
+
+
+def _calls_per_block(bench: Bench, call: Callable[[], Any], least: int) -> int:
+    """How many calls make a block, from a short chain on rank 0: a power of two times `least`, at most 64."""
+    first, *_, last = _run_chain(bench, call, 2, 8)
+    block_us = least * bench.device.elapsed_us(first, last) / 16
+    calls = least
+    while block_us < BLOCK_US and calls < 64 * least:
+        calls, block_us = 2 * calls, 2 * block_us
+    return bench.agree(calls)
 
 
 def _run_chain(bench: Bench, call: Callable[[], Any], blocks: int, block: int) -> list[Mark]:
@@ -246,7 +259,7 @@ def chain_floors(bench: Bench, calls: Sequence[tuple[str, Callable[[], Any]]]) -
     dropped = DROPPED_BLOCKS * sampling.chain_block
     samples: dict[str, list[float]] = {name: [] for name, _ in calls}
     trials, reason = 0, "complete"
-    for trial in range(max(1, sampling.trials // 2)):
+    for trial in range(max(1, sampling.trials // 4)):
         bench.beat("chained floors", trial)
         device.reserve(turns * len(calls) + 1)
         device.synchronize()
@@ -264,8 +277,8 @@ def chain_floors(bench: Bench, calls: Sequence[tuple[str, Callable[[], Any]]]) -
                 at = turn * len(calls) + index
                 samples[name].append(device.elapsed_us(marks[at], marks[at + 1]))
         trials += 1
-        if bench.agree(time.perf_counter() - began > sampling.budget_s / 2):
-            reason = f"budget of {sampling.budget_s / 2:g} s reached"
+        if bench.agree(time.perf_counter() - began > sampling.budget_s / 4):
+            reason = f"budget of {sampling.budget_s / 4:g} s reached"
             break
     bench.spent("measured_s", began)
     return [

@@ -52,8 +52,7 @@ def check_exchange(
     phase: str = "before",
 ) -> list[Check]:
     """One checked call: fill, poison, dispatch, check, expert step, combine, check. Every rank calls it."""
-    problem.fill(input_set)
-    _poison_together(exchange, problem, device)
+    _fill_and_poison(exchange, problem, device, input_set)
     state = exchange.dispatch()
     device.synchronize()
     received = exchange.received(state)
@@ -82,8 +81,7 @@ def check_repeated(
     found = torch.zeros(calls, len(_Prepared.EVIDENCE), dtype=torch.int64, device=problem.device)
     for call in range(calls):
         expected = prepared[call % len(prepared)]
-        problem.fill(expected.input_set, expected.x)
-        _poison_together(exchange, problem, device)
+        _fill_and_poison(exchange, problem, device, expected.input_set, expected.x)
         state = exchange.dispatch()
         received = exchange.received(state)
         sums = torch.full((received.rows.shape[0],), torch.nan, device=problem.device)
@@ -124,10 +122,14 @@ def check_inputs_unchanged(problem: MoeProblem, input_set: int, phase: str = "be
     return Check("inputs unchanged", phase, detail is None, detail=detail)
 
 
-def _poison_together(exchange: Exchange, problem: MoeProblem, device: Device) -> None:
-    # A fast peer may still be reading our buffers for the call before, or already be writing the next one's.
+def _fill_and_poison(
+    exchange: Exchange, problem: MoeProblem, device: Device, input_set: int, saved: torch.Tensor | None = None
+) -> None:
+    # Between barriers: a one-sided peer may still read our buffers for the call before, or already write them
+    # for the next.
     device.synchronize()
     problem.barrier()
+    problem.fill(input_set, saved)
     poison(exchange.outputs())
     device.synchronize()
     problem.barrier()

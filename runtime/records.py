@@ -138,8 +138,9 @@ def record(
     if identity["execution"] != execution_name:
         raise Unusable(f"belongs to execution {identity['execution']}, not to {execution_name}")
     case = case_from_json(document["case"])
-    if (case.id, f"{case.id}.r{identity['run']}") != (identity["case_id"], identity["cell_id"]):
-        raise Unusable(f"was changed: its case is {case.id}, its identity says {identity['cell_id']}")
+    case_id = _id_of(case)
+    if (case_id, f"{case_id}.r{identity['run']}") != (identity["case_id"], identity["cell_id"]):
+        raise Unusable(f"was changed: its case is {case_id}, its identity says {identity['cell_id']}")
     try:
         rows = tuple(_row(document, case, measurement) for measurement in document["measurements"])
         limits = tuple(Limit(**{**limit, "GBps": float(limit["GBps"])}) for limit in document["limits"] or ())
@@ -233,6 +234,11 @@ def _us_GBps(document: Mapping[str, Any], case: Case, component: str) -> dict[st
         _counted.clear()
     _counted[at] = (block, rates)
     return rates
+
+
+@lru_cache(maxsize=4096)
+def _id_of(case: Case) -> str:
+    return case.id
 
 
 @lru_cache(maxsize=4096)

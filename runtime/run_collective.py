@@ -22,8 +22,10 @@ def measure_collective(session: Session, case: Case, shape: Collective) -> Outco
     outcome = Outcome(seconds=bench.seconds, bytes=collective_bytes(shape, ranks.size))
     variant = session.backend.facts.variant(case)
     assert variant is not None
+    began = time.perf_counter()
     bench.beat("open", 0)
     call = session.backend.collective(case, shape)
+    bench.spent("prepare_s", began)
     try:
         outcome.realised = dict(call.realised)
 

@@ -25,6 +25,7 @@ def measure_moe(session: Session, case: Case, shape: Moe) -> Outcome:
     variant = session.backend.facts.variant(case)
     assert variant is not None
     outcome = Outcome(seconds=bench.seconds)
+    began = time.perf_counter()
     bench.beat("routing", 0)
     table = routing.build(shape, ranks.size)
     equal = len(set(ranks.all_gather(table.hash))) == 1
@@ -39,6 +40,7 @@ def measure_moe(session: Session, case: Case, shape: Moe) -> Outcome:
     problem = MoeProblem.build(shape, ranks, table, session.device)
     bench.beat("open", 0)
     exchange = session.backend.moe(case, problem)
+    bench.spent("prepare_s", began)
     try:
         outcome.realised = dict(exchange.realised)
         Run(session, case, bench, variant, problem, exchange, outcome).all()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from . import stats
@@ -137,7 +137,7 @@ def tables(reading: Reading, percentile: str = "p50", regimes: Sequence[str] = (
     """Every table of these records; `regimes` keeps some only. Cases without any number are not in them."""
     wanted = regimes or REGIMES
     found: dict[tuple[Group, str, str], dict[tuple[int, str], list[Entry]]] = {}
-    silent: dict[tuple[Group, int, str], list[Entry]] = {}
+    silent: dict[Group, list[tuple[int, str, Entry]]] = {}
     for runs in by_case(reading.records):
         first = next((record for record in runs if record.case is not None), None)
         if first is None or first.case is None:
@@ -150,15 +150,13 @@ def tables(reading: Reading, percentile: str = "p50", regimes: Sequence[str] = (
                 lines = found.setdefault((group, row.component, row.headline), {})
                 lines.setdefault((at, row.key), []).append(entry)
             if not entries and first.contract == CONTRACT:
-                key = _key(first.case, first, regime)
-                silent.setdefault((group, at, key), []).append(_bare(runs, way))
+                silent.setdefault(group, []).append((at, _key(first.case, first, regime), _bare(runs, way)))
     made = []
     for (group, component, headline), lines in found.items():
         speaking = {entry.way for entries in lines.values() for entry in entries}
-        for (other, at, key), entries in silent.items():
-            if other == group:
-                known = [entry for entry in entries if entry.way in speaking]
-                lines.setdefault((at, key), []).extend(known)
+        for at, key, entry in silent.get(group, ()):
+            if entry.way in speaking:
+                lines.setdefault((at, key), []).append(replace(entry))
         made.append(_table(group, component, headline, percentile, lines))
     return sorted(made, key=_order)
 

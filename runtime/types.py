@@ -132,8 +132,8 @@ class Sampling:
     warmup_s: float = 0.2
     trials: int = 8
     iterations: int = 64  # fresh: timed calls per component and trial
-    chain_blocks: int = 24  # chained, graph: blocks per trial, the first three dropped
-    chain_block: int = 8  # back-to-back calls (or pairs) per block: one sample is a block's mean
+    chain_blocks: int = 24  # chained, graph: blocks per trial, beside three that are dropped
+    chain_block: int = 8  # back-to-back turns per block, at least: one sample is a block's mean
     kernel_iterations: int = 32
     checked_calls: int = 1  # oracle-checked invocations after timing
     budget_s: float = 20.0  # measuring stops at the next trial boundary after this

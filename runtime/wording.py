@@ -108,7 +108,7 @@ def cells(table: Table, line: Line, entry: Entry, first: bool) -> list[str]:
     name = clean(entry.label) + (" (contract-only)" if entry.contract_only else "")
     start = [at(table.group, line) if first else "", name]
     if entry.us is None:
-        row = [*start, str(entry.status)]
+        row = [*start, "not measured" if entry.status is Status.OK else str(entry.status)]
         return row + [""] * (len(header(table)) - len(row) - 2) + [_runs(entry), ""]
     numbers = [us(entry.us) + ("" if entry.settled else " ~"), interval(entry)]
     if table.percentile != "p99":

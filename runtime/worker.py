@@ -56,7 +56,10 @@ class Session:
 
 def command(args: argparse.Namespace) -> int:
     began = time.perf_counter()
-    cases = json.loads(Path(args.cases).read_text())
+    try:
+        cases = json.loads(Path(args.cases).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {args.cases}: {error}", "`cx run` writes it and starts the workers") from error
     if cases.get("schema") != CASES_SCHEMA or cases.get("contract") != CONTRACT:
         raise UserError(
             f"{args.cases} is not a cases document of contract {CONTRACT}", "use one CollectiveX for both"

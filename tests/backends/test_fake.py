@@ -377,6 +377,7 @@ def test_the_fake_says_why_not():
     why_not = Backend().why_not
 
     assert "no fault 'gremlin'" in (why_not(moe_case(fault="gremlin")) or "")
+    assert "cannot start at call 'soon'" in (why_not(moe_case(fault="nan@soon")) or "")
     assert "means nothing" in (why_not(moe_case(dtype="bf16", fault="wrong-scale")) or "")
     assert "means nothing" in (why_not(collective_case("all_reduce", fault="dropped-row")) or "")
     assert "has no normal/expand" in (why_not(moe_case("expand")) or "")

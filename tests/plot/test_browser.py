@@ -8,9 +8,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from factory import execution, suite_results
-
-from collectivex.plot import command
 
 pytestmark = pytest.mark.browser
 
@@ -31,7 +28,8 @@ PROBE = """
   const form = document.getElementById("filters");
   form.elements.backend.value = "symm_mem";
   form.dispatchEvent(new Event("change"));
-  said.push("visible=" + [...document.querySelectorAll("section.card[data-family]")].filter((c) => !c.hidden).length);
+  const cards = [...document.querySelectorAll("section.card[data-family]")];
+  said.push("visible=" + cards.filter((card) => !card.hidden).length);
   said.push("rows=" + [...table.tBodies[0].rows].filter((r) => !r.hidden).length);
   said.push("shown=" + document.getElementById("shown").textContent);
   said.push("wide=" + (document.documentElement.scrollWidth > document.documentElement.clientWidth));
@@ -61,19 +59,12 @@ def browse(path: Path, home: Path, *options: str) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("browser")
-    command.draw_folders([execution(folder / "results", suite_results())], folder / "out")
-    return folder / "out" / "report.html"
-
-
-def test_the_report_opens_offline_without_errors_or_requests(report: Path, tmp_path: Path) -> None:
-    """Nothing on the console (which is where blocked loads and script errors go), no resource but the page."""
+def test_the_report_opens_offline_without_errors_or_requests(suite_report: Path, tmp_path: Path) -> None:
+    """Nothing on the console, where blocked loads and script errors go, and no resource but the page."""
     probe = tmp_path / "probe.html"
     count = "<script>document.title = performance.getEntriesByType('resource').length;</script>"
     probe.write_text(
-        report.read_text(encoding="utf-8").replace("</body>", f"{count}</body>"), encoding="utf-8"
+        suite_report.read_text(encoding="utf-8").replace("</body>", f"{count}</body>"), encoding="utf-8"
     )
     document, log = browse(probe, tmp_path / "home")
     assert "CONSOLE" not in log
@@ -82,7 +73,7 @@ def test_the_report_opens_offline_without_errors_or_requests(report: Path, tmp_p
 
 
 def test_an_error_on_the_console_would_be_noticed(tmp_path: Path) -> None:
-    """Guards the test above: a page with a broken script and a blocked image is caught by what it looks at."""
+    """Guards the test above: a broken script and a blocked image are caught by what it looks at."""
     page = tmp_path / "bad.html"
     page.write_text(
         '<script>nothing.here()</script><img src="http://example.invalid/x.png">', encoding="utf-8"
@@ -91,11 +82,11 @@ def test_an_error_on_the_console_would_be_noticed(tmp_path: Path) -> None:
     assert "CONSOLE" in log
 
 
-def test_sorting_and_filtering_work(report: Path, tmp_path: Path) -> None:
+def test_sorting_and_filtering_work(suite_report: Path, tmp_path: Path) -> None:
     """By time up and down, back by size, one backend only; and the page is not wider than the window."""
     probe = tmp_path / "probe.html"
     probe.write_text(
-        report.read_text(encoding="utf-8").replace("</body>", f"{PROBE}</body>"), encoding="utf-8"
+        suite_report.read_text(encoding="utf-8").replace("</body>", f"{PROBE}</body>"), encoding="utf-8"
     )
     document, _ = browse(probe, tmp_path / "home", "--window-size=1000,900")
     match = re.search(r"<title>(.*?)</title>", document)

@@ -206,6 +206,8 @@ def test_implausible_points_are_hollow_and_not_connected(tmp_path: Path) -> None
     figure = drawn(summary(tmp_path, [a, b, bad]))
     hollow = [line for line in figure.axes[0].lines if line.get_markerfacecolor() == style.PAPER]
     assert [line.get_linestyle() for line in hollow] == ["None"]
+    (solid,) = [line for line in figure.axes[0].lines if line not in hollow]
+    assert [math.isnan(y) for y in solid.get_ydata()] == [False, False, True]
     assert "Hollow: implausible" in texts(figure)
 
 
@@ -243,15 +245,14 @@ def test_a_flat_line_and_a_component_with_one_size_are_drawn(tmp_path: Path) -> 
 
 def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
     """No date, no random id: regenerated figures do not differ."""
-    found = summary(tmp_path / "results", sweep() + ladder(1, 64))
-    looks = style.styles(["torch_dist", "torch_dist full"])
+    found = summary(tmp_path / "results", sweep())
+    looks = style.styles(["torch_dist"])
     made = []
     for name in ("a", "b"):
-        (tmp_path / name).mkdir()
         paths = figures.save_all(plan_of(found), looks, tmp_path / name)
         made.append({path.name: path.read_bytes() for path in paths})
     assert made[0] == made[1]
-    assert len(made[0]) == 8
+    assert len(made[0]) == 4
 
 
 def test_a_matplotlibrc_of_the_user_changes_nothing(tmp_path: Path) -> None:
@@ -260,10 +261,8 @@ def test_a_matplotlibrc_of_the_user_changes_nothing(tmp_path: Path) -> None:
 
     (plan, _) = plan_of(summary(tmp_path / "results", sweep()))
     looks = style.styles(["torch_dist"])
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
     figures.save(plan, looks, tmp_path / "a")
-    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path"}):
+    with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "xtick.major.size": 20}):
         figures.save(plan, looks, tmp_path / "b")
     for ending in ("png", "svg"):
         name = f"{plan.name}.{ending}"

@@ -363,7 +363,10 @@ def test_git_variables_stay_behind():
     assert environment.without_git({"GIT_DIR": "/x", "PATH": "/bin"}) == {"PATH": "/bin"}
 
 
-def test_python_path_is_a_list():
-    """Empty entries, which would mean the current folder, are left out."""
-    assert environment.python_path({"PYTHONPATH": "/a::/b"}) == ["/a", "/b"]
-    assert environment.python_path({}) == []
+@pytest.mark.parametrize(
+    ("value", "left"), [("", 0), ("0", 1), ("2,3", 2), ("0,-1,1", 1), ("-1", 0), ("GPU-a,GPU-b", 2)]
+)
+def test_hidden_gpus_do_not_count(value, left):
+    """As the CUDA runtime reads it: the list ends at the first entry that is no device."""
+    assert left == environment.visible_gpus({"CUDA_VISIBLE_DEVICES": value})
+    assert environment.visible_gpus({}) is None

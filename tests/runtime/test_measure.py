@@ -93,31 +93,46 @@ def test_paired_operations_are_split_inside_one_window():
 
 
 def test_a_chain_sample_is_the_mean_of_a_block_and_the_first_blocks_are_dropped():
-    """Costs 1, 2, 3 ... per call: each kept block's mean is known."""
+    """Costs 1001, 1002, ... us: after the 16 calls that size the block, each kept block's mean is known."""
 
     def work(ranks):
         bench = bench_of(ranks, Sampling(trials=1, chain_blocks=6, chain_block=4))
-        cost = iter(range(1, 1000))
+        cost = iter(range(1001, 2000))
         return chained(bench, lambda: bench.device.spend(next(cost)), "op")
 
     series = solo(work)
 
-    expected = [sum(range(4 * b + 1, 4 * b + 5)) / 4 for b in range(DROPPED_BLOCKS, DROPPED_BLOCKS + 6)]
+    first = 1001 + 16
+    expected = [first + 4 * b + 1.5 for b in range(DROPPED_BLOCKS, DROPPED_BLOCKS + 6)]
     assert expected == series.samples_us
     assert ("median", 4) == (series.headline, series.per_sample)
 
 
 def test_a_replayed_graph_counts_every_turn_it_holds():
-    """One replay of eight turns that takes 80 us has a period of 10 us."""
+    """One replay of eight turns that takes 800 us has a period of 100 us."""
 
     def work(ranks):
         bench = bench_of(ranks, Sampling(trials=1, chain_blocks=5, chain_block=8))
-        return chained(bench, lambda: bench.device.spend(80), "op", regime="graph", turns_per_call=8)
+        return chained(bench, lambda: bench.device.spend(800), "op", regime="graph", turns_per_call=8)
 
     series = solo(work)
 
-    assert [10.0] * 5 == series.samples_us
+    assert [100.0] * 5 == series.samples_us
     assert ("graph", 8) == (series.regime, series.per_sample)
+
+
+@pytest.mark.parametrize(("call_us", "turns"), [(1000, 8), (50, 16), (10, 64), (0.1, 512)])
+def test_a_block_is_long_enough_to_hide_its_mark(call_us, turns):
+    """At least 500 us, in doublings of the least block, at most 64 of them."""
+
+    def work(ranks):
+        bench = bench_of(ranks, Sampling(trials=1, chain_blocks=4, chain_block=8))
+        return chained(bench, lambda: bench.device.spend(call_us), "op")
+
+    series = solo(work)
+
+    assert turns == series.per_sample
+    assert pytest.approx([call_us] * 4) == series.samples_us
 
 
 def test_floors_time_each_operation_of_the_chain():

@@ -322,6 +322,126 @@ def test_a_malformed_answer_is_red_and_does_not_stop_the_ranks(form):
     assert not oracle.check_repeated(Malformed(), p, variant, 2, device).passed
 
 
+class Answers:
+    """An exchange that delivers honest rows, changed by `change`, and combines by formula whatever is staged;
+    with `lazy` it writes its output in the first call only."""
+
+    realised, wire = {}, {}
+
+    def __init__(self, p: MoeProblem, variant: Variant, change=lambda r: r, lazy: bool = False):
+        self.p, self.variant, self.change, self.lazy = p, variant, change, lazy
+        self.out, self.calls = torch.zeros_like(p.x), 0
+
+    def dispatch(self):
+        return None
+
+    def received(self, state):
+        return self.change(received(self.p, self.variant, self.p.input_set))
+
+    def stage(self, state, rows):
+        return rows
+
+    def combine(self, state, staged):
+        self.calls += 1
+        if self.calls == 1 or not self.lazy:
+            self.out.copy_(oracle.expected_combined(self.p, self.variant, self.p.input_set))
+        return self.out
+
+    def outputs(self):
+        return (self.out,)
+
+    def close(self):
+        return None
+
+
+def low_bit(got: Received) -> Received:
+    got.rows.view(torch.int16)[3, 60] ^= 1
+    return got
+
+
+def zero_row(got: Received) -> Received:
+    got.rows[3] = 0
+    return got
+
+
+def without_first(got: Received) -> Received:
+    assert got.weights is not None
+    return Received(got.rows[1:], got.experts[1:], weights=got.weights[1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (low_bit, "1 received rows wrong"),
+        (zero_row, "1 received rows wrong, 1 tokens missing or not expected"),
+        (without_first, "1 tokens missing or not expected"),
+    ],
+)
+def test_repeated_calls_look_at_the_received_rows_too(change, said: str):
+    """A wrong payload that the combined rows do not show is red."""
+    p, variant = make(ranks=1), VARIANTS["rank-sum"]
+
+    check = oracle.check_repeated(Answers(p, variant, change), p, variant, 4, CpuDevice())
+
+    assert check.detail == f"4 of 4 calls wrong; first: call 0: {said}"
+    assert oracle.check_repeated(Answers(p, variant), p, variant, 4, CpuDevice()).passed
+
+
+def test_an_output_that_is_not_written_is_red_even_if_it_was_right_before():
+    """The buffer held the right rows of the same input set: poison took them away."""
+    p, variant = make(ranks=1), VARIANTS["rank-sum"]
+    exchange = Answers(p, variant, lazy=True)
+
+    first = oracle.check_exchange(exchange, p, variant, 1, CpuDevice())
+    second = oracle.check_exchange(exchange, p, variant, 1, CpuDevice())
+
+    assert names_of_failed(first) == set()
+    assert names_of_failed(second) == {"combined"}
+
+
+def test_repeated_calls_change_their_inputs():
+    """Output of the call before is wrong in every call but the first."""
+    case = moe_case(ranks=1, fault="stale-output@1")
+
+    (check,) = on_ranks(case, lambda e, p, v, d: oracle.check_repeated(e, p, v, 6, d))
+
+    assert "5 of 6 calls wrong; first: call 1" in (check.detail or "")
+
+
+def test_what_stands_in_empty_slots_does_not_matter():
+    """Libraries leave weights beside an expert id of -1 unwritten."""
+    p, variant = make(), VARIANTS["rank-sum"]
+    got = received(p, variant)
+    assert got.weights is not None
+    assert (got.experts < 0).any()
+    dirty = replace(got, weights=got.weights.masked_fill(got.experts < 0, torch.nan))
+
+    assert names_of_failed(oracle.check_dispatch(dirty, p, variant, 0)) == set()
+    assert torch.equal(oracle.expert_step(got, p, variant), oracle.expert_step(dirty, p, variant))
+
+
+def test_a_foreign_id_in_an_empty_slot_is_red():
+    """Every pick that should come has come, and one more that is nobody's."""
+    p, variant = make(), VARIANTS["rank-sum"]
+    got = received(p, variant)
+    row, slot = (got.experts < 0).nonzero()[0].tolist()
+    for strange in (8, 1000, -2):
+        got.experts[row, slot] = strange
+        assert names_of_failed(oracle.check_dispatch(got, p, variant, 0)) == {"experts"}
+
+
+def test_a_row_of_nobody_besides_the_right_ones_is_red():
+    """Every row that should come has come, and one of zeros without an expert."""
+    p, variant = make(), VARIANTS["rank-sum"]
+    got = received(p, variant)
+    more = Received(
+        torch.cat([got.rows, torch.zeros_like(got.rows[:1])]),
+        torch.cat([got.experts, torch.full_like(got.experts[:1], -1)]),
+    )
+
+    assert names_of_failed(oracle.check_dispatch(more, p, variant, 0)) == {"payload", "sources"}
+
+
 # Combined rows, inputs, chain
 
 
@@ -525,6 +645,21 @@ def test_a_wrong_element_is_named():
 
     assert output.detail == f"2 of 9 elements wrong, first: element 4 is -1, expected {wanted}"
     assert kept.passed
+
+
+def test_an_output_that_a_collective_does_not_write_is_red_even_if_it_was_right_before():
+    """The same input set twice, written only once."""
+    calls = []
+
+    def work(call) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            call.output.copy_(call.input)
+
+    call = OneRank(9, 9, work)
+
+    assert oracle.check_collective(call, "all_reduce", 0, 1, 3, CpuDevice())[0].passed
+    assert not oracle.check_collective(call, "all_reduce", 0, 1, 3, CpuDevice())[0].passed
 
 
 def test_two_checks_come_back_on_every_rank():

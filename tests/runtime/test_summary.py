@@ -141,7 +141,7 @@ def nasty_documents() -> list[dict[str, Any]]:
 
 
 def test_markdown_is_safe_against_what_results_contain(tmp_path: Path) -> None:
-    """No pipe breaks a table, no tag or link gets through, no line is broken, no terminal is told anything."""
+    """No pipe breaks a table, no tag or link gets through, no line is broken, no escape code is left."""
     lines = list(markdown(read_summary([execution(tmp_path, nasty_documents())])))
     whole = "\n".join(lines)
     assert not re.search(r"(?<!\\)[<>`]", re.sub(r"\*\*", "", whole))
@@ -234,6 +234,15 @@ def test_a_table_without_limits_has_no_column_for_them(tmp_path: Path) -> None:
     assert "of limit" not in wording.header(table)
     entry = table.lines[0].entries[0]
     assert len(wording.cells(table, table.lines[0], entry, True)) == len(wording.header(table))
+
+
+def test_a_regime_that_an_ok_case_did_not_measure_is_said(tmp_path: Path) -> None:
+    """A graph that was refused at one size is not shown as an empty success."""
+    cases = [replace(collective_case(size=1 << p), regimes=("fresh", "chained")) for p in (10, 12)]
+    documents = [result(case) for case in cases]
+    documents[1]["measurements"].pop()
+    table = read_summary([execution(tmp_path, documents)], regimes=["chained"]).tables[0]
+    assert wording.cells(table, table.lines[1], table.lines[1].entries[0], True)[2] == "not measured"
 
 
 @pytest.mark.parametrize(

@@ -286,6 +286,21 @@ def test_an_unsupported_size_is_shown_where_its_column_has_numbers() -> None:
     ]
 
 
+def test_a_size_that_nobody_in_the_table_tried_makes_no_line() -> None:
+    """A backend without any number brings no empty line either."""
+    large = replace(B, shape=replace(B.shape, bytes=1 << 30))
+    assert [line.at for line in fresh([result(A), result(large, status="unsupported")]).lines] == [1 << 20]
+
+
+def test_a_size_without_a_number_has_its_own_label_in_each_table() -> None:
+    """Two tables of a group name their columns apart: the entry without a number follows each."""
+    sizes = [moe_case(t) for t in (1, 2)]
+    found = tables(reading(result(sizes[0]), result(sizes[1], status="failed")), regimes=["fresh"])
+    silent = [table.lines[1].entries[0] for table in found]
+    assert [entry.label for entry in silent] == ["torch_dist full"] * 3
+    assert len({id(entry) for entry in silent}) == 3
+
+
 def test_lines_rise_with_size() -> None:
     """The ladder is in order whatever the order of the files."""
     found = fresh([result(collective_case(size=1 << power)) for power in (20, 10, 15)])
