@@ -43,8 +43,8 @@ class Variant:
     combine  MoE: what an identity round trip returns for row x of token t (w: weights, valid picks only):
              "rank-sum" x * number of distinct ranks, "expert-sum" x * number of experts, "weighted-sum"
              x * sum(w). For the first two the harness multiplies by w in the expert step, outside the window.
-    casts    MoE: where combine rounds to bf16: "final" (float32 sums, one cast) or "rank-partials"
-             (each rank's partial sum is cast, then summed in float32 and cast)
+    casts    MoE: where combine rounds to bf16: "final" (float32 sums, one cast), "rank-partials" (each rank's
+             partial sum is cast, then summed in float32 and cast) or "node-partials" (the same by node)
     paired   dispatch and combine can only be called in turns; they are timed by marks inside the pair
     graph_safe  may be captured in a CUDA/HIP graph
     """
@@ -57,7 +57,7 @@ class Variant:
     ops: tuple[str, ...] = ()
     layout: Literal["token-rank", "token-expert"] = "token-rank"
     combine: Literal["rank-sum", "expert-sum", "weighted-sum"] = "rank-sum"
-    casts: Literal["final", "rank-partials"] = "final"
+    casts: Literal["final", "rank-partials", "node-partials"] = "final"
     paired: bool = False
     graph_safe: bool = False
 

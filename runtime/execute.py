@@ -7,6 +7,7 @@ The order of things is the flow of the design: load, expand, record what is unsu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -51,7 +52,8 @@ def command(args: argparse.Namespace) -> int:
         print("interrupted: what was measured is kept; run again with --resume to go on", file=sys.stderr)
         execution.account(Status.NOT_RUN, "interrupted")
     except CollectiveXError as error:
-        execution.account(Status.NOT_RUN, f"stopped: {error.message}")
+        with contextlib.suppress(CollectiveXError):  # a full disk takes no more records; the first error counts
+            execution.account(Status.NOT_RUN, f"stopped: {error.message}")
         raise
     return report(out)
 
@@ -121,7 +123,8 @@ class Execution:
             self.run_shards()
         finally:
             self.key_file.unlink(missing_ok=True)
-            self.manifest.save()
+            with contextlib.suppress(CollectiveXError):
+                self.manifest.save()
 
     def run_shards(self) -> None:
         for item in self.planned:

@@ -9,7 +9,8 @@ sixteenths (`largest_sum`), so sums are exact in any order and only the declared
     expert-sum     z = w f_e(x)                                  sum of z over the token's picks
     weighted-sum   y = f_e(x)                                    sum of w y over the token's picks
 
-Sums are in float32, the combined row is cast once; with casts "rank-partials" each rank's part is cast first.
+Sums are in float32, the combined row is cast once; with casts "rank-partials" each rank's part is cast first,
+with "node-partials" each node's.
 """
 
 from __future__ import annotations
@@ -165,6 +166,13 @@ class _Plan:
         self.picks = problem.shape.topk
         # In rank-sum a term is a rank's cast partial already: both casts are the same.
         self.partials = variant.casts == "rank-partials" and variant.combine != "rank-sum"
+        self.together, self.leads = self.same, self.first  # the picks of one partial, and who stands for it
+        if variant.casts == "node-partials":
+            self.partials = True
+            nodes = torch.where(valid, self.ranks // problem.ranks_per_node, -1)
+            self.together = nodes[:, :, None] == nodes[:, None, :]
+            self.together &= valid[:, None, :] & valid[:, :, None]
+            self.leads = valid & ~self.together.tril(-1).any(2)
         self.kept = self.picks if self.partials else 1  # terms held at a time
 
     def combine(self, rows: slice, term: Callable[[int], torch.Tensor]) -> torch.Tensor:
@@ -180,9 +188,9 @@ class _Plan:
         for k in range(self.picks):
             partial = torch.zeros_like(total)
             for other in range(k, self.picks):
-                partial.addcmul_(every[other], self.same[rows, k, other, None].to(torch.float32))
+                partial.addcmul_(every[other], self.together[rows, k, other, None].to(torch.float32))
             total.addcmul_(
-                partial.to(torch.bfloat16).to(torch.float32), self.first[rows, k, None].to(torch.float32)
+                partial.to(torch.bfloat16).to(torch.float32), self.leads[rows, k, None].to(torch.float32)
             )
         return total.to(torch.bfloat16)
 

@@ -292,3 +292,22 @@ def test_without_torch_the_error_says_how_to_get_it(tmp_path):
     assert done.stderr.startswith("error: torch is not installed")
     assert "Traceback" not in done.stderr
     assert sys.executable in done.stderr
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_was_measured(tmp_path):
+    """Exit 3 with a hint; every file that is there is whole."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small file system needs the right to mount one")
+    try:
+        done = run(write_suite(tmp_path, [""] * 8), small / "out")
+        cells = [json.loads(path.read_text()) for path in (small / "out" / "cells").glob("*.json")]
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+    assert 3 == done.returncode, done.stderr
+    assert re.search("error: cannot write .*No space left on device\nhint: .*--resume", done.stderr)
+    assert "Traceback" not in done.stderr
+    assert {"ok"} <= {cell["status"] for cell in cells}
