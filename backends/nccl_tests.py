@@ -1,0 +1,281 @@
+"""nccl-tests: NVIDIA's own benchmark of NCCL, started as it is and read.
+
+It is there to be set beside our measurement of the same library by the same calls, and beside what everybody
+quotes. Its loop is not one of our regimes (docs/decisions/0004-external-programs.md): regime `loop`.
+
+  call             one process, one wall clock of the host around n calls back to back and the final wait,
+                   over n; with MPI the slowest process (-a 3). One sample a cycle (-N).
+  call_iteration   from a second process, where the program offers it (-I, 2.19.2): the time between CUDA
+                   events around each call, the slowest GPU's. Apart, so that the events cost `call` nothing.
+
+One process covers a sweep of sizes of one operation and dtype, and both placements, as its users run it. Its
+buffers rotate through the allocation of the largest size, which stands in every record
+(`sweep_maximum_bytes`); the knob `sweep=0` gives each size a process of its own.
+
+The binaries are looked for in nccl_tests/bin of the folder of prepared libraries ($CX_LIBRARIES, else the
+cache folder's), then on PATH. Without -J (before 2.17.3) the text table is read instead.
+Multicast kernels (-D 3, -D 4) are never asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..runtime import environment
+from ..runtime.types import COLLECTIVE_OPS, DTYPE_BYTES, Case, Collective
+from . import _tests_verdict, base
+from ._tests_output import Unreadable, rows_in, without_private
+from .base import Answer, Ended, Facts, MissingLibrary, Source, Start, Variant
+
+ASK_TIMEOUT_S = 60.0
+# What a run cannot do without: their absence means a build older than 2.13.4, whose table is another one.
+NEEDED = frozenset("tgbefnwcodaC")
+PROGRAMS = {op: f"{op}_perf" for op in COLLECTIVE_OPS} | {"all_to_all": "alltoall_perf"}
+DTYPES = {"float32": "float", "float16": "half", "bfloat16": "bfloat16"}
+UNCHECKED_IN_PLACE = ("all_to_all", "sendrecv")
+_WINDOW = {
+    "call": "n calls issued by one host thread for all GPUs of a process and the final wait, on the host's "
+    "clock, over n; out of place without a local copy",
+    "call_iteration": "from one CUDA event to the next between successive calls of such a loop, slowest GPU",
+}
+
+FACTS = Facts(
+    name="nccl_tests",
+    title="nccl-tests (NVIDIA's benchmark, as it is)",
+    source=Source(
+        "git",
+        "https://github.com/NVIDIA/nccl-tests",
+        "v2.19.6",
+        "the first that can leave iterations out of -I's summary; outputs from 2.13.4 on are understood",
+    ),
+    devices=("cuda",),
+    variants=tuple(
+        Variant("", mode, tuple(DTYPES), _WINDOW, family="collective", ops=COLLECTIVE_OPS)
+        for mode in ("out-of-place", "in-place")
+    ),
+    knobs=("sweep", "per_iteration", "mpi"),
+    regimes=("loop",),
+)
+
+
+class Backend:
+    """See base.Program."""
+
+    facts = FACTS
+    # NCCL_TESTS_DEVICE, _SPLIT, _MIN_BW, ...: other GPUs, another number of ranks, another exit code.
+    withheld = ("NCCL_TESTS_",)
+
+    def why_not(self, case: Case) -> str | None:
+        reason = base.why_not(FACTS, case)
+        if reason is not None or not isinstance(case.shape, Collective):
+            return reason
+        op, size = case.shape.op, case.shape.bytes
+        if case.mode == "in-place" and op in UNCHECKED_IN_PLACE:
+            return f"nccl-tests does not check in-place {op}, so its number would stand without proof"
+        if least_bytes(op, case.shape.dtype, case.ranks) > size:
+            return f"nccl-tests rounds each rank's share down to 16 bytes: nothing is left of {size} bytes"
+        for name, value in case.knobs:
+            if value not in (0, 1):
+                return f"nccl_tests has the knob {name!r} as 0 or 1, not {value!r}"
+        return None
+
+    def groups(self, cases: Sequence[Case]) -> list[list[Case]]:
+        """Cases of one operation, dtype and sampling whose sizes are a geometric series, by rising size."""
+        alike: dict[tuple[object, ...], list[Case]] = {}
+        for case in cases:
+            shape = _shape(case)
+            key = (shape.op, shape.dtype, case.ranks, case.nodes, case.sampling, case.knobs, case.deadline_s)
+            alike.setdefault(key, []).append(case)
+        found = []
+        for same in alike.values():
+            sizes = sorted({_shape(case).bytes for case in same})
+            alone = dict(same[0].knobs).get("sweep") == 0
+            for series in [[size] for size in sizes] if alone else geometric(sizes):
+                members = [case for case in same if _shape(case).bytes in series]
+                found.append(sorted(members, key=lambda case: (_shape(case).bytes, case.mode)))
+        return found
+
+    def starts(self, cases: Sequence[Case], folder: str, environ: Mapping[str, str]) -> list[Start]:
+        first = cases[0]
+        shape, knobs = _shape(first), dict(first.knobs)
+        mpi = first.nodes > 1 or knobs.get("mpi") == 1
+        binary = find(PROGRAMS[shape.op], mpi, environ)
+        offered = options(binary, environ)
+        loops = [0, 1] if "I" in offered and knobs.get("per_iteration", 1) == 1 else [0]
+        extra = _extra(folder, mpi, environ)
+        found = []
+        for each in loops:
+            name = f"{shape.op}-{shape.dtype}-{shape.bytes}{'-each' if each else ''}"
+            output = str(Path(folder) / f"{name}.json") if "J" in offered else None
+            argv = [*launcher(first, mpi, {**environ, **extra}), binary]
+            argv += arguments(cases, offered, each, mpi, output)
+            found.append(Start(name, tuple(cases), tuple(argv), extra, output))
+        return found
+
+    def progress(self, stdout: str) -> int:
+        return rows_in(stdout)
+
+    def answers(self, start: Start, ended: Ended) -> dict[Case, Answer]:
+        sweep = _tests_verdict.Sweep.of(start, PROGRAMS, DTYPES)
+        return _tests_verdict.judge(sweep, ended)
+
+    def keep(self, output: str) -> str | None:
+        try:
+            return without_private(output)
+        except Unreadable:
+            return None
+
+
+def _shape(case: Case) -> Collective:
+    assert isinstance(case.shape, Collective)
+    return case.shape
+
+
+def geometric(sizes: Sequence[int]) -> list[list[int]]:
+    """Rising sizes cut into the fewest series that one -b -e -f each can sweep, taken greedily."""
+    found: list[list[int]] = []
+    for size in sizes:
+        series = found[-1] if found else []
+        first_step = len(series) == 1 and size % series[0] == 0 and size // series[0] >= 2
+        if first_step or (len(series) > 1 and size == series[-1] * (series[1] // series[0])):
+            series.append(size)
+        else:
+            found.append([size])
+    return found
+
+
+def least_bytes(op: str, dtype: str, ranks: int) -> int:
+    """The smallest S that moves anything: an element, or 16 bytes for each rank where S is shared out."""
+    shared = op in ("all_gather", "reduce_scatter", "all_to_all")
+    return 16 * ranks if shared else DTYPE_BYTES[dtype]
+
+
+def find(program: str, mpi: bool, environ: Mapping[str, str]) -> str:
+    """Path of a binary. Builds with NAME_SUFFIX=_mpi are preferred under MPI, and do without it too. Raises
+    MissingLibrary."""
+    names = [program, f"{program}_mpi"]
+    prepared = environment.libraries_dir(environ) / "nccl_tests" / "bin"
+    for folder in (str(prepared), environ.get("PATH", "")):
+        for name in reversed(names) if mpi else names:
+            path = shutil.which(name, path=folder)
+            if path is not None:
+                return path
+    build = f"build {FACTS.source.name} at {FACTS.source.pin}" + (" with MPI=1" if mpi else "")
+    raise MissingLibrary(
+        f"{program} is neither in {prepared} nor on PATH: {build}, and put its build folder on PATH or the "
+        "binaries there"
+    )
+
+
+def options(binary: str, environ: Mapping[str, str]) -> frozenset[str]:
+    """The option letters that this build offers, from its usage. Raises MissingLibrary where it cannot be
+    started, or is too old."""
+    try:
+        done = subprocess.run(
+            [binary, "-h"],
+            env=dict(environ),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=ASK_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise MissingLibrary(f"{Path(binary).name} -h cannot be run: {error}") from error
+    offered = frozenset(re.findall(r"\[-(\w),--\w+", done.stdout))
+    if not offered:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        what = said[-1] if said else f"it printed nothing and exited with {done.returncode}"
+        raise MissingLibrary(
+            f"{Path(binary).name} -h does not print its usage: {what}; if a library is missing, put its "
+            "folder on LD_LIBRARY_PATH"
+        )
+    if not offered >= NEEDED:
+        lacks = ", ".join(f"-{letter}" for letter in sorted(NEEDED - offered))
+        raise MissingLibrary(f"{Path(binary).name} is too old: it has no {lacks}; build {FACTS.source.pin}")
+    return offered
+
+
+def arguments(
+    cases: Sequence[Case], offered: frozenset[str], each: int, mpi: bool, output: str | None
+) -> list[str]:
+    """The options of a run over these cases. Everything is said, so that no default of a version decides;
+    what a version does not offer is left out, and is then its only behaviour (-N 1, -I 0, -R 0)."""
+    first, shape = cases[0], _shape(cases[0])
+    sizes = sorted({_shape(case).bytes for case in cases})
+    factor = sizes[1] // sizes[0] if len(sizes) > 1 else 2
+    sampling = first.sampling
+    said: dict[str, object] = {
+        "t": 1,
+        "g": 1 if mpi else first.ranks,
+        "b": sizes[0],
+        "e": sizes[-1],
+        "f": factor,
+        "n": sampling.iterations,
+        "m": 1,
+        "w": sampling.warmup_iterations,
+        "N": sampling.trials,
+        "p": 0,
+        "c": max(1, sampling.checked_calls),
+        "o": "sum",
+        "d": DTYPES[shape.dtype],
+        "r": 0,
+        "z": 0,
+        "y": 0,
+        "T": math.ceil(first.deadline_s),
+        "G": 0,
+        "C": 0,
+        "S": 0,
+        "a": 3,
+        "R": 0,
+        "M": 0,
+        "u": 0,
+        "I": each,
+        "K": 0,
+        "J": output,
+    }
+    return [
+        word
+        for letter, value in said.items()
+        if letter in offered and value is not None
+        for word in (f"-{letter}", str(value))
+    ]
+
+
+def launcher(case: Case, mpi: bool, environ: Mapping[str, str]) -> list[str]:
+    """What starts one process per GPU: srun inside a Slurm job, else Open MPI's mpirun; nothing without MPI.
+    mpirun hands on only what it is told to: every NCCL setting, NVLS off among them."""
+    if not mpi:
+        return []
+    per_node = case.ranks // case.nodes
+    if environment.inside_allocation(environ):
+        nodes = ["--nodes", str(case.nodes), "--ntasks-per-node", str(per_node)]
+        return ["srun", "--mpi=pmix", "--ntasks", str(case.ranks), *nodes]
+    handed = [n for n in sorted(environ) if n.startswith("NCCL_") or n in ("LD_LIBRARY_PATH", "PATH")]
+    exports = [word for name in handed for word in ("-x", name)]
+    return [
+        "mpirun",
+        "-np",
+        str(case.ranks),
+        "--map-by",
+        f"ppr:{per_node}:node",
+        "--bind-to",
+        "none",
+        *exports,
+    ]
+
+
+def _extra(folder: str, mpi: bool, environ: Mapping[str, str]) -> dict[str, str]:
+    """Debug output that somebody asked for goes to files of its own, not between the rows."""
+    extra = {}
+    if "NCCL_DEBUG" in environ and "NCCL_DEBUG_FILE" not in environ:
+        extra["NCCL_DEBUG_FILE"] = f"{folder}/nccl-debug.%p.log"
+    if mpi:
+        extra |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return extra

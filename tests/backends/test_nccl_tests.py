@@ -1,0 +1,338 @@
+"""nccl-tests: what is asked of it, and that nothing it says is believed unless all of it agrees."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import nccl_tests_bin as fakes
+import pytest
+
+from collectivex.backends import nccl_tests
+from collectivex.backends._tests_verdict import CHECK
+from collectivex.backends.base import Answer, Ended, MissingLibrary, Program, Start
+from collectivex.backends.nccl_tests import Backend
+from collectivex.runtime.types import COLLECTIVE_OPS, Case, Collective, Sampling, Status
+
+FIXTURES = Path(__file__).resolve().parent.parent / "fixtures" / "nccl_tests"
+SAMPLING = Sampling(warmup_iterations=5, trials=2, iterations=4)
+
+
+def case(op: str = "all_reduce", size: int = 4096, dtype: str = "float32", **fields: object) -> Case:
+    told = {"mode": "out-of-place", "ranks": 4, "regimes": ("loop",), "sampling": SAMPLING, **fields}
+    return Case("nccl_tests", "", shape=Collective(op, size, dtype), **told)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def binaries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fakes.install(tmp_path_factory.mktemp("nccl_tests"))
+
+
+def run(start: Start, environ: dict[str, str]) -> Ended:
+    done = subprocess.run(start.argv, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    output = Path(start.output or "/nowhere")
+    text = output.read_text() if output.exists() else None
+    return Ended(done.returncode, done.stdout + done.stderr, text)
+
+
+@pytest.fixture
+def measure(binaries: Path, tmp_path: Path) -> Callable[..., dict[Case, Answer]]:
+    """Run the first process of a group of cases and hand back the answers."""
+
+    def measured(
+        cases: Sequence[Case], version: str = "2.19.6", process: int = 0, **plan: object
+    ) -> dict[Case, Answer]:
+        environ = fakes.environ(binaries, version, **plan)
+        starts = Backend().starts(cases, str(tmp_path), environ)
+        return Backend().answers(starts[process], run(starts[process], environ))
+
+    return measured
+
+
+SIZES = [case(size=size) for size in (1024, 4096, 16384)]
+
+
+# --------------------------------------------------------------------------------------- what is asked
+
+
+def test_it_is_a_program_and_refuses_what_it_cannot_prove() -> None:
+    """In place, alltoall and sendrecv print N/A instead of a check; a share below 16 bytes is none."""
+    backend = Backend()
+    assert isinstance(backend, Program)
+    for op in COLLECTIVE_OPS:
+        assert backend.why_not(case(op)) is None
+        reason = backend.why_not(case(op, mode="in-place"))
+        assert (reason is not None) == (op in ("all_to_all", "sendrecv")), reason
+    assert "16 bytes" in str(backend.why_not(case("all_gather", 63)))
+    assert backend.why_not(case("all_gather", 64)) is None
+    assert "0 or 1" in str(backend.why_not(case(knobs=(("sweep", 2),))))
+    assert "no float64" in str(backend.why_not(case(dtype="float64")))
+
+
+def test_one_process_takes_a_geometric_series_of_one_operation() -> None:
+    """-b -e -f can say no other; both placements come from the same process."""
+    sizes = (1024, 4096, 16384, 20000, 65536)
+    cases = [case(op, size) for op in ("reduce", "all_reduce") for size in sizes]
+    cases.append(case("reduce", 4096, mode="in-place"))
+    groups = Backend().groups(cases)
+    assert sorted(map(id, cases)) == sorted(id(c) for group in groups for c in group)
+    assert [[c.shape.bytes for c in g] for g in groups if g[0].shape.op == "reduce"] == [  # type: ignore[union-attr]
+        [1024, 4096, 4096, 16384],
+        [20000],
+        [65536],
+    ]
+
+
+def test_other_sampling_is_another_process() -> None:
+    """-n is of the whole process; so is the allocation that `sweep=0` takes out of the picture."""
+    cases = [case(), case(size=16384, sampling=replace(SAMPLING, iterations=8))]
+    assert len(Backend().groups(cases)) == 2
+    alone = [case(size=size, knobs=(("sweep", 0),)) for size in (1024, 4096)]
+    assert len(Backend().groups(alone)) == 2
+
+
+@pytest.mark.parametrize("version", ["2.13.10", "2.17.3", "2.18.0", "2.19.6"])
+def test_command_lines(
+    version: str, binaries: Path, golden: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    """Everything that a version offers is said, and nothing that it does not."""
+    lines = []
+    for group in (SIZES, [case("all_to_all", 1 << 20, "bfloat16", knobs=(("per_iteration", 0),))]):
+        for start in Backend().starts(group, str(tmp_path), fakes.environ(binaries, version)):
+            lines.append(" ".join(start.argv).replace(str(binaries), "BIN").replace(str(tmp_path), "LOGS"))
+    assert not any(" -D " in line for line in lines)
+    golden(f"nccl_tests/{version}.txt", "\n".join(lines) + "\n")
+
+
+def test_command_lines_of_several_nodes(
+    binaries: Path, golden: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    """One process per GPU; mpirun is told to hand NVLS off on, srun hands everything on."""
+    fakes.install(tmp_path / "bin", "_mpi")
+    environ = fakes.environ(tmp_path / "bin") | {"NCCL_NVLS_ENABLE": "0", "NCCL_DEBUG": "INFO", "USER": "me"}
+    environ["PATH"] = f"{tmp_path}/bin:/usr/bin:/bin"
+    lines = []
+    for more in ({}, {"SLURM_JOB_ID": "7"}):
+        (start, _) = Backend().starts([case(ranks=8, nodes=2)], str(tmp_path), environ | more)
+        lines += [" ".join(start.argv), *(f"  {name}={value}" for name, value in sorted(start.env.items()))]
+    golden("nccl_tests/two-nodes.txt", "\n".join(lines).replace(str(tmp_path), "TMP") + "\n")
+
+
+def test_a_prepared_binary_comes_before_one_on_path(tmp_path: Path, binaries: Path) -> None:
+    """$CX_LIBRARIES/nccl_tests/bin, as `cx prepare` lays things out."""
+    ours = fakes.install(tmp_path / "nccl_tests" / "bin")
+    environ = fakes.environ(binaries) | {"CX_LIBRARIES": str(tmp_path)}
+    assert nccl_tests.find("all_reduce_perf", False, environ) == str(ours / "all_reduce_perf")
+    assert nccl_tests.find("all_reduce_perf", False, fakes.environ(binaries)).startswith(str(binaries))
+
+
+def test_a_missing_binary_says_what_to_build(tmp_path: Path) -> None:
+    """The pin, and where to put it."""
+    with pytest.raises(
+        MissingLibrary, match="build .*nccl-tests at v2.19.6, and put its build folder on PATH"
+    ):
+        Backend().starts(SIZES, str(tmp_path), {"PATH": str(tmp_path), "HOME": str(tmp_path)})
+
+
+def test_a_binary_that_cannot_be_loaded_says_why(binaries: Path, tmp_path: Path) -> None:
+    """The loader's own words, and the remedy."""
+    environ = fakes.environ(binaries, fault="no-library")
+    with pytest.raises(MissingLibrary, match=r"libnccl\.so\.2.*LD_LIBRARY_PATH"):
+        Backend().starts(SIZES, str(tmp_path), environ)
+
+
+def test_a_build_that_is_too_old_is_refused(binaries: Path, tmp_path: Path) -> None:
+    """Before 2.13.4 the check column was a deviation, not a count."""
+    with pytest.raises(MissingLibrary, match="too old: it has no -C"):
+        Backend().starts(SIZES, str(tmp_path), fakes.environ(binaries, "2.10.0"))
+
+
+# ---------------------------------------------------------------------------------- what is believed
+
+
+@pytest.mark.parametrize("version", ["2.13.10", "2.17.3", "2.18.0", "2.19.6"])
+@pytest.mark.parametrize("op", COLLECTIVE_OPS)
+def test_an_honest_run_gives_its_own_numbers(op: str, version: str, measure: Callable) -> None:
+    """10 us + 1 us for 100,000 bytes, a tenth more in the second cycle: one sample a cycle, of 4 calls."""
+    asked = case(op, 100_000 // 64 * 64)
+    answer = measure([asked], version)[asked]
+    assert answer.status is Status.OK, answer.reason
+    (series,) = answer.series
+    expected = 10 + asked.shape.bytes / 1e5
+    assert series.samples_us == pytest.approx([expected, expected * 1.1], abs=0.006)
+    assert (series.component, series.regime, series.headline) == ("call", "loop", "max")
+    assert (series.per_sample, series.trials) == (4, 2)
+    assert answer.bytes == {"family": "collective", "size": 99_968, "requested": 99_968}
+    assert [(c.name, c.passed, c.calls) for c in answer.checks] == [(CHECK, True, 2)]
+    told = ("2.28.9", "2.28.9") if version >= "2.18" else (None, None)
+    assert answer.libraries["nccl"] == told or version == "2.17.3"
+
+
+def test_the_sibling_process_gives_every_iteration(measure: Callable) -> None:
+    """-I 1 of its own, so that its events are not in `call`: 4 iterations of each of 2 cycles."""
+    (answer,) = measure([case(size=100_000)], process=1).values()
+    (series,) = answer.series
+    assert (series.component, series.per_sample, series.trials) == ("call_iteration", 1, 2)
+    assert series.samples_us == pytest.approx([11, 12, 13, 14, 12.1, 13.1, 14.1, 15.1])
+
+
+def test_both_placements_of_a_sweep_are_told_apart(measure: Callable) -> None:
+    """Each case gets the rows of its size and the columns of its placement."""
+    cases = [*SIZES, case(size=4096, mode="in-place")]
+    answers = measure(cases)
+    assert {c: a.status for c, a in answers.items()} == dict.fromkeys(cases, Status.OK)
+    assert [a.series[0].samples_us[0] for a in answers.values()] == pytest.approx(
+        [10.01024, 10.04096, 10.16384, 10.04096]
+    )
+    assert {a.realised["sweep_maximum_bytes"] for a in answers.values()} == {16384}
+
+
+def test_wrong_data_is_incorrect_and_only_where_it_was_wrong(measure: Callable) -> None:
+    """The exit code 7 is explained by the row that failed; the other rows passed their own check."""
+    answers = measure(SIZES, fault="wrong", at=4096)
+    assert [a.status for a in answers.values()] == [Status.OK, Status.INCORRECT, Status.OK]
+    wrong = answers[SIZES[1]]
+    assert wrong.reason == f"{CHECK}: 10 wrong elements in 4096 bytes out-of-place"
+    assert wrong.series == []
+    assert "another size or placement" in answers[SIZES[0]].warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "said"),
+    [
+        ("footer-only", Status.INCORRECT, "footer and JSON document of all_reduce_perf contradict"),
+        ("footer-only 2.13.10", Status.INCORRECT, "the footer counts 1 failed checks, the rows show 0"),
+        ("failed-without-count 2.13.10", Status.INCORRECT, "the footer calls 0 failed checks FAILED"),
+        ("wrong-exit-zero", Status.INCORRECT, "the footer counts 2 failed checks, the exit code is 0"),
+        ("other-json", Status.FAILED, "table and JSON document of all_reduce_perf contradict"),
+        ("cputime", Status.INCORRECT, "the time column is that of launching"),
+        ("two-tables", Status.INCORRECT, "2 tables: several programs ran"),
+        ("exit-seven", Status.FAILED, "exited with 7 although its checks passed"),
+        ("wrong-dtype", Status.INCORRECT, "asked for bfloat16 sum, all_reduce_perf ran float sum"),
+        ("ignored-iters", Status.INCORRECT, "iters: asked for 4, all_reduce_perf used 20"),
+        ("one-rank", Status.INCORRECT, "asked for 4 ranks, all_reduce_perf ran with 1"),
+        ("nan", Status.FAILED, "a time that is no time"),
+        ("cut-json", Status.FAILED, "is cut short or no JSON"),
+        ("no-footer", Status.FAILED, "without its footer"),
+        ("few-gpus", Status.FAILED, "Invalid number of GPUs: 4 requested but only 1 were found."),
+        (
+            "early-nccl",
+            Status.FAILED,
+            r"exited with 3 (NCCL error) without its footer, before its table began",
+        ),
+    ],
+)
+def test_a_run_that_contradicts_itself_has_no_number(
+    fault: str, status: Status, said: str, measure: Callable
+) -> None:
+    """Exit code, footer, check column, realised settings and completeness must all agree."""
+    name, _, version = fault.partition(" ")
+    cases = [case(size=size, dtype="bfloat16") for size in (1024, 4096)]
+    answers = measure(cases, version or "2.19.6", fault=name, at=4096)
+    assert set(answers) == set(cases)
+    for answer in answers.values():
+        assert answer.status is status, answer.reason
+        assert said in str(answer.reason)
+        assert answer.series == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "said"),
+    [
+        ("internal", Status.FAILED, "exited with 1 without"),
+        (
+            "cuda",
+            Status.FAILED,
+            "exited with 2 (CUDA error) without its footer, in 4096 bytes of cycle 1 of 2",
+        ),
+        ("nccl", Status.FAILED, "unhandled cuda error / NVLS multicast group failed"),
+        ("timeout", Status.TIMEOUT, "Test timeout (5s)"),
+        ("crash", Status.FAILED, "was killed by SIGSEGV"),
+    ],
+)
+def test_an_end_within_the_table_is_laid_at_the_size_under_way(
+    fault: str, status: Status, said: str, measure: Callable
+) -> None:
+    """The other sizes are left out of the answers: they run again without it."""
+    answers = measure(SIZES, fault=fault, at=4096)
+    assert list(answers) == [SIZES[1]]
+    assert answers[SIZES[1]].status is status
+    assert said in str(answers[SIZES[1]].reason)
+    assert "myhost" not in str(answers[SIZES[1]].reason)
+
+
+def test_sizes_left_out_for_want_of_memory_say_so(measure: Callable) -> None:
+    """The others are complete and stand."""
+    answers = measure(SIZES, fault="reduced", at=8192)
+    assert [a.status for a in answers.values()] == [Status.OK, Status.OK, Status.FAILED]
+    assert "lowered its largest size to 8192 bytes" in str(answers[SIZES[2]].reason)
+
+
+def test_a_document_of_a_later_version_is_refused(measure: Callable) -> None:
+    """Its fields may mean something else."""
+    (answer,) = measure([case()], json=4).values()
+    assert answer.status is Status.FAILED
+    assert "file version 4" in str(answer.reason)
+
+
+def test_a_usage_text_is_no_result(binaries: Path) -> None:
+    """-h and an unknown option exit with 0."""
+    start = Start("x", (case(),), ("all_reduce_perf", "-g", "4", "-n", "4", "-c", "1"))
+    (answer,) = (
+        Backend().answers(start, Ended(0, "USAGE: all_reduce_perf \n\t[-t,--nthreads <n>]\n")).values()
+    )
+    assert answer.status is Status.FAILED
+    assert "exited with 0 without its footer and without a table" in str(answer.reason)
+
+
+def recorded(name: str, op: str, sizes: Sequence[int], ranks: int, iterations: int = 20) -> dict[int, Answer]:
+    cases = tuple(case(op, size, ranks=ranks) for size in sizes)
+    argv = (f"{op}_perf", "-g", str(ranks), "-n", str(iterations), "-c", "1")
+    ended = Ended(7 if "wrong" in name else 0, (FIXTURES / name).read_text())
+    answers = Backend().answers(Start("x", cases, argv), ended)
+    return {c.shape.bytes: answer for c, answer in answers.items()}  # type: ignore[union-attr]
+
+
+def test_recorded_tables_pass_the_whole_verdict() -> None:
+    """2.13 without a version, and one with debug lines in its rows, whose last error is a warning."""
+    old = recorded("all_reduce-2.13.10.txt", "all_reduce", (1024, 4096, 16384), 4)
+    assert [a.series[0].samples_us for a in old.values()] == [[18.21], [18.64], [20.12]]
+    noisy = recorded("all_gather-2.18.5-debug.txt", "all_gather", (1024, 2048), 2)
+    assert [a.status for a in noisy.values()] == [Status.OK, Status.OK]
+    assert "found worth a warning" in noisy[1024].warnings[0]
+
+
+def test_a_recorded_table_that_lacks_a_size_is_refused_whole() -> None:
+    """Fewer rows than were asked for, without a word about memory."""
+    answers = recorded("all_reduce-2.13.10.txt", "all_reduce", (1024, 4096, 16384, 65536), 4)
+    assert {a.status for a in answers.values()} == {Status.FAILED}
+    assert "3 of 4 rows" in str(answers[1024].reason)
+
+
+def test_a_recorded_wrong_size_is_the_only_one_refused() -> None:
+    """1e+06 wrong elements, FAILED once in the footer, exit code 7."""
+    answers = recorded("reduce-2.19.6-wrong.txt", "reduce", (4 << 20, 64 << 20, 1 << 30), 4)
+    assert [a.status for a in answers.values()] == [Status.OK, Status.INCORRECT, Status.OK]
+    assert "1000000 wrong elements" in str(answers[64 << 20].reason)
+
+
+def test_time_and_bandwidth_must_fit() -> None:
+    """A column that was taken for another one does not."""
+    text = (FIXTURES / "all_reduce-2.13.10.txt").read_text().replace("   18.21    0.06 ", "    1.82    0.06 ")
+    cases = tuple(case(size=size) for size in (1024, 4096, 16384))
+    start = Start("x", cases, ("all_reduce_perf", "-g", "4", "-n", "20", "-c", "1"))
+    answers = Backend().answers(start, Ended(0, text))
+    assert [a.status for a in answers.values()] == [Status.FAILED, Status.OK, Status.OK]
+    assert "time and busbw do not fit" in str(answers[cases[0]].reason)
+
+
+def test_only_a_document_that_can_be_cleaned_is_kept() -> None:
+    """The runner writes back what `keep` gives."""
+    text = (FIXTURES / "all_reduce-2.19.6-per-iter.json").read_text()
+    kept = Backend().keep(text)
+    assert kept is not None
+    assert "env" not in json.loads(kept)
+    assert Backend().keep(text[:500]) is None
