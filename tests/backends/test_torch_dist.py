@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 from itertools import product
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from collectivex.backends.base import Context
 from collectivex.backends.torch_dist import FACTS, Backend
+from collectivex.runtime import fp8, oracle, routing
+from collectivex.runtime.device import ManualDevice
+from collectivex.runtime.problem import MoeProblem
 from collectivex.runtime.processes import worker_command
+from collectivex.runtime.ranks import ThreadRanks
 from collectivex.runtime.types import COLLECTIVE_OPS, Case, Collective, Moe
 
 SUITE = """\
@@ -120,3 +127,26 @@ def test_every_window_is_declared() -> None:
     for variant in FACTS.variants:
         expected = {"call"} if variant.family == "collective" else {"dispatch", "combine"}
         assert expected == set(variant.window)
+
+
+@pytest.mark.parametrize("name", ["e4m3fn", "e4m3fnuz"])
+@pytest.mark.parametrize("variant", ["full", "cached", "padded"])
+def test_fp8_rows_keep_the_format_of_the_device(monkeypatch, variant: str, name: str) -> None:
+    """On gfx942 it is e4m3fnuz: the same bits read as e4m3fn would be half the value."""
+    monkeypatch.setattr(fp8, "format_of", lambda device: fp8.FORMATS[name])
+    shape = Moe("one", 256, 2, 8, 5, "fp8")
+    case = Case("torch_dist", variant, next(v.mode for v in FACTS.variants if v.name == variant), shape, 1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        ranks, device = ThreadRanks(0, 1, threading.Barrier(1), [None]), ManualDevice()
+        backend = Backend()
+        backend.setup(Context(ranks, device, dist.group.WORLD))
+        problem = MoeProblem.build(shape, ranks, routing.build(shape, 1), device)
+        exchange = backend.moe(case, problem)
+        assert fp8.FORMATS[name].dtype == exchange.received(exchange.dispatch()).rows.dtype
+        found = FACTS.variant(case)
+        assert found is not None
+        checks = oracle.check_exchange(exchange, problem, found, 1, device)
+    finally:
+        dist.destroy_process_group()
+    assert [] == [c for c in checks if not c.passed]

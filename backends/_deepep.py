@@ -1,0 +1,76 @@
+"""What the three DeepEP adapters share: which `deep_ep` is loaded, sizes, and rows grouped by expert."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..runtime.types import Case
+from .base import MissingLibrary
+
+if TYPE_CHECKING:
+    import torch
+
+# Tokens per rank that buffers and run-time compiled kernels are made for, whatever a case has: the time of a
+# call does not depend on it, that of compiling does on how many there are.
+CAPACITY = 8192
+
+
+def load(wanted: str, extension: str, hint: str, version: str | None = None) -> Any:
+    """The package `deep_ep` that has the class `wanted`: two libraries, main and hybrid-ep, go by that name.
+
+    extension   its compiled module, by full name
+    hint        what to do where it is missing
+    version     the one it must say it has
+    """
+    try:
+        package = importlib.import_module("deep_ep")
+        importlib.import_module(extension)
+    except (ImportError, AssertionError, OSError) as error:
+        # AssertionError: main compares the NCCL that torch loaded with the one it was built against.
+        raise MissingLibrary(
+            f"deep_ep cannot be imported: {type(error).__name__}: {error}. {hint}"
+        ) from error
+    if not hasattr(package, wanted):
+        raise MissingLibrary(f"this deep_ep has no {wanted}: it is the other branch of DeepEP. {hint}")
+    if version is not None and package.__version__ != version:
+        raise MissingLibrary(f"deep_ep {package.__version__} is loaded, the adapter fits {version}. {hint}")
+    return package
+
+
+def versions(package: Any, extension: str, pin: str) -> Mapping[str, str]:
+    """What the loaded package says of itself, and the file of its compiled module."""
+    compiled = importlib.import_module(extension)
+    version = getattr(package, "__version__", f"{pin} (the package does not say)")  # hybrid-ep has none
+    return {"deep_ep": str(version), extension: str(compiled.__file__)}
+
+
+def one_node(case: Case) -> str | None:
+    """These adapters drive the NVLink kernels; those over RDMA need NICs that nobody has tried them on."""
+    return f"{case.backend} is driven on one node only" if case.nodes > 1 else None
+
+
+def capacity(tokens: int) -> int:
+    """CAPACITY, or its smallest power-of-two multiple that holds `tokens`."""
+    most = CAPACITY
+    while most < tokens:
+        most *= 2
+    return most
+
+
+def by_expert(counts: Sequence[int], device: torch.device) -> torch.Tensor:
+    """[N, 1] int64 local expert id of each row, for rows grouped by expert."""
+    import torch
+
+    ids = torch.arange(len(counts), device=device)
+    return ids.repeat_interleave(torch.tensor(counts, device=device))[:, None]
+
+
+def padded(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """`rows` [n, H], then NaN up to `count` rows: what nobody may read shows when somebody does."""
+    import torch
+
+    out = rows.new_full((count, rows.shape[1]), torch.nan)
+    out[: len(rows)] = rows
+    return out

@@ -1,0 +1,215 @@
+"""MSCCL++ EP, `mscclpp.ep.MoECommunicator` of the branch feature/ep, within one CUDA-IPC domain.
+
+Facts that shape the adapter, read in the kernels of 3d02152b
+  LATENCY     One kernel each way, fixed capacity, no host synchronisation. A token goes once to each
+              rank, and is fanned out to experts on arrival. fp8 is quantised inside dispatch.
+              dispatch and combine go in turns: a second dispatch could overwrite rows still being fanned out.
+              A call is numbered on the host, and the number is frozen in a graph: with one turn in a graph a
+              replay takes the flags of the replay before for its own; with two or more it does not.
+  expert-major         combine weighs and sums a rank's picks in float32, casts that partial sum to bf16 and
+                       sends it; the source adds the partial sums in float32 and casts again.
+  expert-major-direct  combine sends the expert outputs as they are; the source weighs and sums in float32.
+  rank-major           with RANK_LOCAL_REDUCE combine takes its rows where dispatch put the tokens, so rows
+                       staged once do not outlive the next dispatch: the harness cannot chain it.
+  rank-major-direct    combine fetches a row for every pick from a buffer of its own. What dispatch delivers
+                       is one row per token and rank; `received` repeats it for each of its local experts.
+  THROUGHPUT  one row per token and rank in a receive pool; combine copies the staged rows into that pool,
+              sums in float32 and casts once. So what came can be looked at before combine only: no check of a
+              replayed graph is possible, although cached routing can be captured.
+  The destructor of a communicator is collective: `close` drops all views of its memory on all ranks at once.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..runtime.types import Case, Collective, Moe
+from . import base
+from .base import CollectiveCall, Context, Facts, MissingLibrary, Source, Variant
+
+if TYPE_CHECKING:
+    from ..runtime.problem import MoeProblem
+
+PIN = "3d02152bce741e0fc06ca79b15b6ec1e726b7912"
+LATENCY_HIDDEN = (4096, 4352, 6656, 7168, 8192, 8704, 9216)  # of both kernels; dispatch alone has 2048 too
+LATENCY_PICKS = 9  # CombineMaxNTopk; dispatch would take 32
+LATENCY_BLOCKS = 130
+CONTROL_BLOCKS = 2
+POOL_ROWS, POOL_ROW_BYTES = 65536, 16384
+POOL_RANKS = (2, 4, 8, 16)
+COUNTING_THREADS = 128  # one for each local expert
+EXPERT_MAJOR_BYTES = 128 * 10**9
+
+_FAN_OUT = "pick slots, quantise (fp8), send each row once per rank, wait, fan out to experts, counts"
+_BY_RANK = "write each row once per rank with its ids and weights, wait, counts"
+_LOCAL = "weigh and sum each rank's picks, one cast to bf16, send, wait, float32 sum over ranks, one cast"
+_DIRECT = "send every pick's row, wait, weighted float32 sum, one cast"
+_POOL = "copy of the staged rows into the pool, wait, fetch, float32 sum over ranks, one cast; weights too"
+_IN_PLACE = (
+    "rank-major with rank-local reduction combines in the buffer that the next dispatch fills: "
+    "rows staged once cannot be chained"
+)
+
+
+def _latency(name: str, there: str, back: str, dtypes: tuple[str, ...], **model: Any) -> Variant:
+    window = {"dispatch": there, "combine": back}
+    return Variant(name, "low-latency", dtypes, window, **{"graph_safe": True, **model})
+
+
+FACTS = Facts(
+    name="mscclpp_ep",
+    title="MSCCL++ EP (MoECommunicator)",
+    source=Source(
+        "git",
+        "https://github.com/microsoft/mscclpp",
+        PIN,
+        "the newest commit of feature/ep, which replaces the DeepEP-shaped mscclpp.ext.ep of PR 796",
+    ),
+    devices=("cuda",),
+    variants=(
+        _latency(
+            "expert-major",
+            _FAN_OUT,
+            _LOCAL,
+            ("bf16", "fp8"),
+            layout="token-expert",
+            combine="weighted-sum",
+            casts="rank-partials",
+        ),
+        _latency(
+            "expert-major-direct",
+            _FAN_OUT,
+            _DIRECT,
+            ("bf16", "fp8"),
+            layout="token-expert",
+            combine="weighted-sum",
+        ),
+        _latency("rank-major", _BY_RANK, "wait, fetch each rank's row, float32 sum, one cast", ("bf16",)),
+        _latency(
+            "rank-major-direct",
+            _BY_RANK,
+            "wait, fetch every pick's row, float32 sum, one cast",
+            ("bf16",),
+            layout="token-expert",
+            combine="expert-sum",
+        ),
+        Variant(
+            "throughput",
+            "normal",
+            ("bf16",),
+            {
+                "dispatch": "layout, exchange of counts, wait of the host for them, host all-gather, rows",
+                "combine": _POOL,
+            },
+        ),
+        Variant(
+            "throughput",
+            "cached",
+            ("bf16",),
+            {"dispatch": "publish the known prefix, rows; layout and metadata known", "combine": _POOL},
+        ),
+    ),
+    env={"MSCCLPP_FORCE_DISABLE_NVLS": "1"},
+    knobs=("num_blocks",),
+    validated="contract-only",
+)
+
+
+class Backend:
+    facts = FACTS
+
+    def why_not(self, case: Case) -> str | None:
+        reason = base.why_not(self.facts, case)
+        if reason is not None or not isinstance(case.shape, Moe):
+            return reason
+        if case.nodes > 1:
+            return "mscclpp_ep needs all ranks in one CUDA-IPC domain"
+        limit = _latency_limit if case.mode == "low-latency" else _throughput_limit
+        return limit(case, case.shape)
+
+    def setup(self, context: Context) -> None:
+        """Raises MissingLibrary without mscclpp.ep, with the older line, or with another commit."""
+        self.context, self.mscclpp = context, _import()
+        self.ep = self.mscclpp.ep
+        self.group = self.mscclpp.CommGroup(torch_group=context.group)
+
+    def collective(self, case: Case, shape: Collective) -> CollectiveCall:
+        raise NotImplementedError("mscclpp_ep has no collectives")
+
+    def moe(self, case: Case, problem: MoeProblem) -> base.Exchange:
+        from ._mscclpp_exchange import ExpertMajor, RankMajor, Throughput
+
+        if case.mode != "low-latency":
+            return Throughput(self, case, problem)
+        return (RankMajor if "rank-major" in case.variant else ExpertMajor)(self, case, problem)
+
+    def versions(self) -> Mapping[str, str]:
+        extension = self.mscclpp.mscclpp_ep_cpp.__file__.rsplit("/", 1)[-1]
+        commit = str(self.mscclpp.version["git_commit"])
+        return {"mscclpp": str(self.mscclpp.__version__), "commit": commit, "extension": extension}
+
+    def close(self) -> None:
+        """After the last exchange: the bootstrap goes last."""
+        self.group = None
+        gc.collect()
+
+
+def _import() -> Any:
+    how = f"build {FACTS.source.name} at {PIN[:8]} (branch feature/ep)"
+    try:
+        import mscclpp  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise MissingLibrary(f"mscclpp cannot be imported ({error}): {how}") from error
+    try:
+        import mscclpp.ep  # pyright: ignore[reportMissingImports]
+        import mscclpp.mscclpp_ep_cpp  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        try:
+            import mscclpp.ext.ep  # noqa: F401  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise MissingLibrary(f"mscclpp.ep cannot be imported ({error}): {how}") from error
+        old = "this mscclpp has the older mscclpp.ext.ep.Buffer, another interface that is not driven here"
+        raise MissingLibrary(f"{old}: {how}") from error
+    found = f"{mscclpp.__version__} {mscclpp.version['git_commit']}"
+    if PIN[:8] not in found:
+        raise MissingLibrary(f"this is mscclpp {found}, the adapter was written for {PIN[:8]}: {how}")
+    return mscclpp
+
+
+def _latency_limit(case: Case, shape: Moe) -> str | None:
+    if case.variant == "rank-major":
+        return _IN_PLACE
+    if shape.hidden not in LATENCY_HIDDEN:
+        return (
+            f"its latency kernels exist for hidden {', '.join(map(str, LATENCY_HIDDEN))}, not {shape.hidden}"
+        )
+    if shape.topk > LATENCY_PICKS:
+        return f"its latency combine takes at most {LATENCY_PICKS} experts per token, not {shape.topk}"
+    blocks = dict(case.knobs).get("num_blocks", LATENCY_BLOCKS)
+    fewest = case.ranks + CONTROL_BLOCKS
+    if not (isinstance(blocks, int) and fewest <= blocks <= LATENCY_BLOCKS):
+        return f"num_blocks {blocks!r} is not between {fewest} and {LATENCY_BLOCKS}"
+    # receive, combine and output buffer of the library, expert output staged by a check and by the chain
+    need = 5 * shape.experts * shape.tokens * shape.hidden * 2
+    if case.variant.startswith("expert-major") and need > EXPERT_MAJOR_BYTES:
+        return f"expert-major buffers for {shape.tokens} tokens a rank need {need / 1e9:.0f} GB"
+    return None
+
+
+def _throughput_limit(case: Case, shape: Moe) -> str | None:
+    if case.ranks not in POOL_RANKS:
+        return f"its throughput kernels exist for {', '.join(map(str, POOL_RANKS))} ranks, not {case.ranks}"
+    if 2 * shape.hidden > POOL_ROW_BYTES or shape.hidden % 8:
+        return f"a pool row is a multiple of 16 bytes up to {POOL_ROW_BYTES}: not hidden {shape.hidden}"
+    if shape.tokens * case.ranks > POOL_ROWS:
+        return f"{case.ranks} ranks with {shape.tokens} tokens may send more than the pool's {POOL_ROWS} rows"
+    if shape.topk > 32 or shape.experts // case.ranks > COUNTING_THREADS:
+        return f"throughput takes at most 32 experts per token and {COUNTING_THREADS} experts per rank"
+    if shape.routing.spread == "one-empty":
+        return "its throughput combine refuses a rank without tokens"
+    blocks = dict(case.knobs).get("num_blocks", 1)
+    if not (isinstance(blocks, int) and blocks > 0):
+        return f"num_blocks {blocks!r} is not a positive number"
+    return None
