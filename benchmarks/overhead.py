@@ -4,7 +4,8 @@
 
 The bare loop is what one would write by hand: warm up, one mark, N calls, one mark. The two alternate
 (A B B A ...) in the same processes over the same buffers.
-Target on GPUs: ratio of medians within 2 % of 1. Not a test: a timed test fails for reasons that are nobody's fault.
+Target on GPUs: ratio of medians within 2 % of 1.
+Not a test: a timed test fails for reasons that are nobody's fault.
 """
 
 from __future__ import annotations

@@ -82,6 +82,7 @@ class Run:
         if "chained" in self.case.regimes and not self.chained():
             return
         if "kernel" in self.case.regimes:
+            self.stage_chain()
             series, warnings = graphs.kernel_times(self.bench, self.components())
             self.outcome.series += series
             self.outcome.warnings += warnings
@@ -122,7 +123,10 @@ class Run:
         return all(self.ranks.all_gather(all(c.passed for c in found)))
 
     def stage_chain(self) -> None:
-        """Expert output made once, outside every window: rows whose sum does not depend on their order."""
+        """Expert output made once, outside every window: rows whose sum does not depend on their order.
+
+        Made anew after every check: where staging is a library's registered memory, a check writes over it.
+        """
         state = self.exchange.dispatch()
         received = self.exchange.received(state)
         rows = oracle.chain_rows(received, self.problem, self.variant)
@@ -185,6 +189,7 @@ class Run:
             state = self.exchange.dispatch()
             return state, self.exchange.combine(state, self.staged)
 
+        self.stage_chain()
         turns = self.case.sampling.chain_block
         try:
             replay, (state, out) = graphs.capture(self.bench, turn, turns)
