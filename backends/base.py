@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from ..runtime.types import Case, Collective, Moe
+from ..runtime.types import Case, Check, Collective, Moe, Series, Status
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,30 @@ class Source:
     name: str
     pin: str
     why: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How `cx prepare` installs the library into a folder of its own, from its upstream pin.
+
+    packages   exact pip requirements ("name==version"), installed without their dependencies
+    git        repository to build, at the commit `Source.pin`; submodules come along
+    subfolder  of the repository, where its Python project is
+    needs      programs that the build calls
+    build      environment of the build; `{folder}` stands for the library's folder
+    prepend    search path -> entries relative to the library's folder, for the ranks
+    sets       environment of the ranks; `{folder}` as above
+    modules    what must import afterwards
+    """
+
+    packages: tuple[str, ...] = ()
+    git: str | None = None
+    subfolder: str = "."
+    needs: tuple[str, ...] = ()
+    build: Mapping[str, str] = field(default_factory=dict)
+    prepend: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sets: Mapping[str, str] = field(default_factory=dict)
+    modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,6 +94,8 @@ class Facts:
     env            set in the rank processes before anything is imported
     index_dtype    of the expert ids it takes
     knobs          settings a case may request; anything else is refused
+    recipe         how `cx prepare` installs the library, None where there is nothing to install
+    regimes        external programs only: what they measure, instead of the regimes a suite asks for
     validated      where this code has run and passed: "hardware", or "contract-only" (never yet on its
                    hardware: shown wherever the backend is shown)
     hidden         True: left out of lists and default selections (the fake)
@@ -83,6 +109,8 @@ class Facts:
     env: Mapping[str, str] = field(default_factory=dict)
     index_dtype: Literal["int64", "int32"] = "int64"
     knobs: tuple[str, ...] = ()
+    recipe: Recipe | None = None
+    regimes: tuple[str, ...] = ()
     validated: Literal["hardware", "contract-only"] = "contract-only"
     hidden: bool = False
 
@@ -199,16 +227,87 @@ class Library(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass(frozen=True)
+class Start:
+    """One process of an external program.
+
+    cases      what its output answers, in the order of its measuring
+    env        set beside the environment of the pool
+    output     a file that the program was asked to write, or None. It is read, and made fit to be kept
+    """
+
+    name: str
+    cases: tuple[Case, ...]
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    output: str | None = None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How that process ended. `output` is the text of the file it was asked to write, None without one;
+    `timed_out` says which deadline it missed, or None."""
+
+    returncode: int
+    stdout: str
+    output: str | None = None
+    timed_out: str | None = None
+
+
+@dataclass
+class Answer:
+    """What one process told about one case. Samples are in the series; a program that reduces over ranks
+    itself has one row of them, not one for each rank.
+
+    libraries   name -> (version that ran, version it was compiled with), as the program itself says
+    versions    of the program itself
+    """
+
+    status: Status = Status.OK
+    reason: str | None = None
+    checks: list[Check] = field(default_factory=list)
+    series: list[Series] = field(default_factory=list)
+    bytes: Mapping[str, Any] | None = None
+    realised: Mapping[str, int | float | str] = field(default_factory=dict)
+    libraries: Mapping[str, tuple[str | None, str | None]] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+@runtime_checkable
 class Program(Protocol):
-    """An external benchmark that is started and parsed, not linked."""
+    """An external benchmark that is started and read, not linked. Its clock is its own: `facts.regimes` name
+    what it measures, apart from the regimes of the harness.
+
+    withheld   prefixes of variables that must not reach it: they would change what it measures
+    """
 
     facts: Facts
+    withheld: tuple[str, ...]
 
     def why_not(self, case: Case) -> str | None: ...
 
-    def argv(self, case: Case, output: str) -> list[str]: ...
+    def groups(self, cases: Sequence[Case]) -> list[list[Case]]:
+        """The cases that one start can answer together, each case in exactly one group."""
+        ...
 
-    def parse(self, case: Case, returncode: int, stdout: str, output: str | None) -> Any: ...
+    def starts(self, cases: Sequence[Case], folder: str, environ: Mapping[str, str]) -> list[Start]:
+        """The processes that answer one group: the first is the measurement, further ones add series to it.
+        `folder` is theirs; `environ` is what they will inherit. Raises MissingLibrary."""
+        ...
+
+    def progress(self, stdout: str) -> int:
+        """A number that grows whenever the program finishes another piece of its work, 0 before the first."""
+        ...
+
+    def answers(self, start: Start, ended: Ended) -> dict[Case, Answer]:
+        """What is known of the cases, at least of one. A case that is left out was not reached, or cannot be
+        believed through no fault of its own, and runs again without those that are answered."""
+        ...
+
+    def keep(self, output: str) -> str | None:
+        """The output file as it may be kept, without what is private; None when it cannot be cleaned."""
+        ...
 
 
 class MissingLibrary(Exception):

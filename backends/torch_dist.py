@@ -235,7 +235,7 @@ class _Exchange:
         self.rows[self.tokens, self.row_bytes :] = 0xFF
         rows = self.rows[: self.tokens]
         value_bytes = hidden if self.fp8 else 2 * hidden
-        self.values = rows[:, :value_bytes].view(torch.float8_e4m3fn if self.fp8 else torch.bfloat16)
+        self.values = rows[:, :value_bytes].view(problem.format.dtype if self.fp8 else torch.bfloat16)
         self.scales = rows[:, value_bytes : self.row_bytes].view(torch.float32)
         self.ids = rows[:, self.row_bytes : self.row_bytes + 4 * topk].view(torch.int32)
         self.weights = rows[:, self.row_bytes + 4 * topk :].view(torch.float32)
@@ -311,7 +311,7 @@ class _Exchange:
             scales = rows[:, hidden : self.row_bytes].contiguous().view(torch.float32)
         counts = torch.bincount(local[mine], minlength=self.experts_per_rank).tolist()
         return Received(
-            values.view(torch.float8_e4m3fn if self.fp8 else torch.bfloat16),
+            values.view(self.problem.format.dtype if self.fp8 else torch.bfloat16),
             torch.where(mine, local, -1),
             scales,
             torch.where(mine, weights.contiguous().view(torch.float32), 0.0),

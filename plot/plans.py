@@ -20,6 +20,7 @@ REGIME = {
     "chained": "calls back to back",
     "graph": "a captured chain replayed",
     "kernel": "time in kernels, from the profiler",
+    "loop": "an external program's own loop and clock",
 }
 
 

@@ -23,6 +23,7 @@ _PACKAGES = {
 }
 _INSTALL = "`pip install .` in the checkout installs what CollectiveX needs; `make bench` does it in a .venv"
 _TORCH = "use the python of a container that has it, or `pip install 'collectivex[cpu]'` for a CPU"
+HIDDEN = ("worker", "rank", "health")  # what the launchers start, in the place where ranks run
 _FORMATS = ("table", "json")
 
 
@@ -98,7 +99,7 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            have = [choice for choice in action.choices if choice != "worker"]
+            have = [choice for choice in action.choices if choice not in HIDDEN]
             raise unknown(str(action.metavar or action.dest).lower(), str(value), have)
 
 
@@ -125,15 +126,53 @@ def parser() -> Parser:
     )
     top.add_argument("--version", action=Version, help="the version, and that of the measurement contract")
     commands = top.add_subparsers(dest="command", metavar="command", required=True, parser_class=Parser)
-    for add in (_run_command, _list, _plan, _validate, _summarize, _plot, _doctor, _completion, _worker):
+    for add in (
+        _run_command,
+        _launch,
+        _sweep,
+        _list,
+        _plan,
+        _validate,
+        _summarize,
+        _plot,
+        _prepare,
+        _doctor,
+        _completion,
+        _worker,
+        _rank,
+        _health,
+    ):
         add(commands)
     return top
 
 
 def _run_command(commands: Any) -> None:
     p = _command(commands, "run", ".execute", "measure a suite on this machine")
+    _execution_options(p, "local")
+
+
+def _launch(commands: Any) -> None:
+    p = _command(
+        commands, "launch", ".launch", "measure a suite on a machine pool: Slurm, containers, or here"
+    )
+    _execution_options(p, None)
+    p.add_argument("--site", metavar="FILE", help="accounts, partitions, folders; default: $COLLECTIVEX_SITE")
+
+
+def _sweep(commands: Any) -> None:
+    p = _command(commands, "sweep", ".sweep", "print one launcher call per SKU, suite and backend")
+    p.add_argument(
+        "--suite", action="extend", type=_names, required=True, metavar="SUITE", help="one or several"
+    )
+    p.add_argument("--sku", action="extend", type=_names, required=True, metavar="SKU", help="one or several")
+    _matrix_options(p)
+    p.add_argument("--out", default="out", metavar="DIR", help="folder above the results; default: out")
+
+
+def _execution_options(p: Parser, sku: str | None) -> None:
+    default = f"; default: {sku}" if sku else ""
     p.add_argument("--suite", required=True, metavar="SUITE", help="name or path; see `cx list suites`")
-    p.add_argument("--sku", default="local", metavar="SKU", help="name or path; default: local")
+    p.add_argument("--sku", default=sku, required=sku is None, metavar="SKU", help=f"name or path{default}")
     _matrix_options(p)
     p.add_argument("--out", metavar="DIR", help="folder for the results; default: out/<suite>-<UTC time>")
     p.add_argument("--resume", action="store_true", help="skip the cells that --out already holds completed")
@@ -180,6 +219,14 @@ def _plot(commands: Any) -> None:
     p.add_argument("--out", required=True, metavar="OUT", help="folder for the pictures")
 
 
+def _prepare(commands: Any) -> None:
+    p = _command(commands, "prepare", ".prepare", "install a backend's library from its upstream pin")
+    p.add_argument(
+        "--backend", type=_names, action="extend", required=True, metavar="NAMES", help="may be repeated"
+    )
+    p.add_argument("--force", action="store_true", help="again, even if the pinned one is there")
+
+
 def _doctor(commands: Any) -> None:
     p = _command(commands, "doctor", ".doctor", "what this machine has, and what each backend lacks")
     _format(p, ("text", "json"))
@@ -195,6 +242,23 @@ def _worker(commands: Any) -> None:
     p = commands.add_parser("worker")
     p.set_defaults(handler=".worker")
     p.add_argument("--cases", required=True, metavar="FILE")
+    p.add_argument("--out", required=True, metavar="DIR")
+
+
+def _rank(commands: Any) -> None:
+    """Starts workers where srun or a container puts us. Hidden."""
+    p = commands.add_parser("rank")
+    p.set_defaults(handler=".ranker")
+    p.add_argument("--cases", required=True, metavar="FILE")
+    p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--local", type=_count, metavar="N")
+
+
+def _health(commands: Any) -> None:
+    """One node's report. Hidden."""
+    p = commands.add_parser("health")
+    p.set_defaults(handler=".health")
+    p.add_argument("--vendor", required=True, metavar="VENDOR")
     p.add_argument("--out", required=True, metavar="DIR")
 
 

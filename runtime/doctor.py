@@ -33,7 +33,7 @@ MODULES = {
     "nccl4py": "nccl",
     "amd-mori": "mori",
 }
-PROGRAMS = {"nccl-tests": "all_reduce_perf"}
+PROGRAMS = {"nccl-tests": "all_reduce_perf", "rccl-tests": "all_reduce_perf"}
 HOST_HALF = {
     "yaml": "PyYAML",
     "jsonschema_rs": "jsonschema-rs",

@@ -40,6 +40,12 @@ def rank_environment(
     return read_rank(os.environ if environ is None else environ, master_address, master_port)
 
 
+def step_rank(address: str, port: int, environ: Mapping[str, str] | None = None) -> RankEnvironment:
+    """Who this process is in a Slurm step, whatever another launcher's variables say that leaked into it."""
+    env = os.environ if environ is None else environ
+    return read_rank({n: v for n, v in env.items() if n.startswith("SLURM_")}, address, port)
+
+
 _SLURM_FACTS = {
     "job_id": "SLURM_JOB_ID",
     "step_id": "SLURM_STEP_ID",
@@ -53,6 +59,22 @@ _SLURM_FACTS = {
 def inside_allocation(environ: Mapping[str, str] | None = None) -> bool:
     """Whether this process belongs to a Slurm job."""
     return "SLURM_JOB_ID" in (os.environ if environ is None else environ)
+
+
+def slurm_job(environ: Mapping[str, str] | None = None) -> tuple[str, int] | None:
+    """(job id, how often it was requeued) of the Slurm job that we are in, or None. A task of a step of
+    somebody else's is in one too: the launcher is the batch script or a shell, not a rank."""
+    env = os.environ if environ is None else environ
+    job = env.get("SLURM_JOB_ID", "")
+    if not re.fullmatch(r"[0-9]{1,12}", job):
+        return None
+    restarts = env.get("SLURM_RESTART_COUNT", "0")
+    return job, int(restarts) if restarts.isdecimal() else 0
+
+
+def inherited(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Our environment, for a child."""
+    return dict(os.environ if environ is None else environ)
 
 
 def scheduler_facts(environ: Mapping[str, str] | None = None) -> dict[str, str | int] | None:
@@ -143,6 +165,18 @@ def child_environment(
     return child
 
 
+def libraries_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """Where prepared libraries lie: $CX_LIBRARIES, else a folder of the cache."""
+    env = os.environ if environ is None else environ
+    return Path(env["CX_LIBRARIES"]) if env.get("CX_LIBRARIES") else cache_dir(environ) / "libraries"
+
+
+def path_list(name: str, environ: Mapping[str, str] | None = None) -> list[str]:
+    """The entries of a search path such as PYTHONPATH, without empty ones (the current folder)."""
+    env = os.environ if environ is None else environ
+    return [entry for entry in env.get(name, "").split(os.pathsep) if entry]
+
+
 def visible_gpus(environ: Mapping[str, str] | None = None) -> int | None:
     """How many GPUs CUDA_VISIBLE_DEVICES (or HIP_, ROCR_) leaves, or None where nothing is hidden."""
     env = os.environ if environ is None else environ
@@ -150,16 +184,18 @@ def visible_gpus(environ: Mapping[str, str] | None = None) -> int | None:
         if name in env:
             listed = [entry.strip() for entry in env[name].split(",")]
             # the runtimes stop at the first entry that is no device: "0,-1,1" leaves one
-            stop = next((i for i, entry in enumerate(listed) if entry in ("", "-1", "NoDevFiles")), len(listed))
+            stop = next(
+                (i for i, entry in enumerate(listed) if entry in ("", "-1", "NoDevFiles")), len(listed)
+            )
             return stop
     return None
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it ends (Linux; elsewhere nothing)."""
+def die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel end this process when the thread that started it ends (Linux; elsewhere nothing)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL), 0, 0, 0)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(by), 0, 0, 0)
 
 
 def without_git(environ: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -182,6 +218,15 @@ def _user_folder(variable: str, default: str, environ: Mapping[str, str] | None)
         if os.path.isabs(base):  # the XDG specification: relative paths are to be ignored
             return Path(base) / "collectivex"
     return Path(tempfile.gettempdir()) / f"collectivex-{os.getuid()}"
+
+
+def site_file(environ: Mapping[str, str] | None = None) -> Path | None:
+    """The facts of this site: $COLLECTIVEX_SITE, else $XDG_CONFIG_HOME/collectivex/site.yaml where it is."""
+    env = os.environ if environ is None else environ
+    if env.get("COLLECTIVEX_SITE"):
+        return Path(env["COLLECTIVEX_SITE"])
+    path = _user_folder("XDG_CONFIG_HOME", ".config", environ) / "site.yaml"
+    return path if path.is_file() else None
 
 
 def user_key(fallback: str | None = None, environ: Mapping[str, str] | None = None) -> str:

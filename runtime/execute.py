@@ -10,25 +10,28 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import document, environment, matrix, registry
+from ..backends.base import Program
+from . import document, environment, matrix, prepared, program, registry
 from .document import Place
-from .errors import CollectiveXError, UserError
+from .errors import CollectiveXError, InfraError, UserError
+from .fabric import fallen_back
 from .heartbeat import read
 from .manifest import Manifest
 from .matrix import Planned
-from .processes import LocalGroup
+from .mechanism import Mechanism, Processes, Work
 from .progress import Progress
 from .scrub import scrub
 from .sku import Sku, load_sku
 from .suite import Suite, load_suite
-from .supervise import Ending, Shard, Watch, supervise
+from .supervise import GRACE_S, Ending, Group, Shard, Watch, supervise
 from .types import CASES_SCHEMA, CONTRACT, Cell, Status, case_to_json
 from .writing import write_bytes, write_json
 
@@ -42,20 +45,42 @@ def command(args: argparse.Namespace) -> int:
         for item in planned:
             print(item.cell.id, f"unsupported: {item.unsupported}" if item.unsupported else "run", sep="\t")
         return 0
+    if sku.mechanism != "process":
+        hint = f"use `cx launch` with the same options, or launchers/launch_{sku.name}.sh"
+        raise UserError(f"the ranks of SKU {sku.name!r} are not processes of this machine", hint)
     require_torch()
     out = Path(args.out or default_folder(suite.name))
-    manifest = Manifest.open(out, suite.name, sku.name, [scrub(a) for a in sys.argv[1:]], [p.cell for p in planned], args.resume)
+    manifest = Manifest.open(
+        out, suite.name, sku.name, told(sys.argv[1:]), [p.cell for p in planned], args.resume
+    )
     execution = Execution(suite, sku, planned, out, manifest, Progress(len(planned)), args.fail_fast)
     try:
-        execution.run()
+        with terminated_like_interrupted():
+            execution.run()
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept; run again with --resume to go on", file=sys.stderr)
         execution.account(Status.NOT_RUN, "interrupted")
     except CollectiveXError as error:
-        with contextlib.suppress(CollectiveXError):  # a full disk takes no more records; the first error counts
+        with contextlib.suppress(
+            CollectiveXError
+        ):  # a full disk takes no more records; the first error counts
             execution.account(Status.NOT_RUN, f"stopped: {error.message}")
         raise
     return report(out)
+
+
+@contextlib.contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM (from `timeout`, a scheduler, a service manager) ends a run as Ctrl-C does: accounted for."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def plan(args: argparse.Namespace) -> tuple[Suite, Sku, list[Planned]]:
@@ -101,6 +126,8 @@ class Execution:
     manifest: Manifest
     progress: Progress
     fail_fast: bool = False
+    mechanism: Mechanism = field(default_factory=Processes)
+    settings: Mapping[str, str] = field(default_factory=dict)  # of the network, set in every rank
 
     def __post_init__(self) -> None:
         self.key_file = self.out / "logs" / ".key"
@@ -134,10 +161,13 @@ class Execution:
             for cell in shard.cells:
                 self.set_aside(cell)
             self.progress.shard(shard.backend, shard.run, len(shard.cells))
+            self.mechanism.check("before", self.health_folder(shard, "before"), self.per_node(shard))
+            earlier = set(self.rank_logs(shard))
             watch = Watch(self.starter(shard), self.has_result, self.record, self.progress.event)
-            crash = supervise(shard, self.out / "logs", watch)
+            crash = self.run_shard(shard, watch)
             if crash is not None:
                 self.note_teardown(shard, crash)
+            self.look_after(shard, sorted(set(self.rank_logs(shard)) - earlier))
             if self.fail_fast and not all(self.manifest.is_good(cell.id) for cell in shard.cells):
                 self.account(Status.NOT_RUN, "an earlier cell failed and --fail-fast was given")
                 return
@@ -160,18 +190,33 @@ class Execution:
             ordered += of_run[::-1] if run % 2 else of_run
         return ordered
 
+    def run_shard(self, shard: Shard, watch: Watch) -> str | None:
+        """Ranks are supervised, an external program is started and read. The teardown crash, if any."""
+        backend = registry.load(shard.backend)
+        if not isinstance(backend, Program):
+            return supervise(shard, self.out / "logs", watch)
+        env, key = self.environ(shard.backend), self.key_file.read_text()
+        program.run_shard(backend, shard, program.Site(self.out, self.place, self.positions, key, env), watch)
+        return None
+
+    def environ(self, name: str) -> dict[str, str]:
+        """What pool, network, prepared library and backend set in every process that we start."""
+        facts = registry.load(name).facts
+        return {**self.sku.env, **self.settings, **prepared.variables(name), **facts.env}
+
     def starter(self, shard: Shard) -> Any:
         """How supervise starts a group over cells of this shard."""
-        backend = registry.load(shard.backend)
         size = shard.cells[0].case.ranks
-        env = {**self.sku.env, **backend.facts.env}
+        env = self.environ(shard.backend)
         # Ranks share the cores: with torch's default every rank would take them all.
         env.setdefault("OMP_NUM_THREADS", str(max(1, min(8, (os.cpu_count() or 1) // size))))
 
-        def start(cells: Sequence[Cell], folder: Path) -> LocalGroup:
+        def start(cells: Sequence[Cell], folder: Path) -> Group:
+            seconds = Watch.setup_s + sum(cell.case.deadline_s + GRACE_S for cell in cells)
+            document = self.cases_document(shard.backend, cells)
+            nodes = shard.cells[0].case.nodes
             path = folder / "cases.json"
-            write_json(path, self.cases_document(shard.backend, cells))
-            return LocalGroup(path, self.out, size, env)
+            return self.mechanism.group(Work(path, document, self.out, size, nodes, env, seconds))
 
         return start
 
@@ -183,7 +228,7 @@ class Execution:
             "device": "cpu" if self.sku.device == "cpu" else "gpu",
             "key_file": str(self.key_file.resolve()),
             "place": asdict(self.place),
-            "image": None,
+            "image": dict(self.mechanism.image) if self.mechanism.image else None,
             "die_with_parent": True,
             "cells": [
                 {"case": case_to_json(cell.case), "run": cell.run, "position": self.positions[cell.id]}
@@ -233,6 +278,42 @@ class Execution:
                 self.record(item.cell, Ending(status, reason))
         self.manifest.save()
 
+    def per_node(self, shard: Shard) -> int:
+        case = shard.cells[0].case
+        return case.ranks // case.nodes
+
+    def health_folder(self, shard: Shard, when: str) -> Path:
+        """A new one each time; reports of an earlier attempt are no answer."""
+        return self.out / "logs" / f"{shard.name}.health-{when}-{time.time_ns() // 1_000_000}"
+
+    def rank_logs(self, shard: Shard) -> list[Path]:
+        return sorted((self.out / "logs").glob(f"{shard.name}.*/rank*.log"))
+
+    def look_after(self, shard: Shard, logs: Sequence[Path]) -> None:
+        """What was measured on a node that is unhealthy now, or over another network than the pool's, is no
+        number to publish: those cells become `infra`."""
+        nodes = shard.cells[0].case.nodes
+        fallen = fallen_back(self.sku.fabric(), nodes, (p.read_text(errors="replace") for p in logs))
+        if fallen is not None:
+            self.withhold(shard, fallen)
+        try:
+            self.mechanism.check("after", self.health_folder(shard, "after"), self.per_node(shard))
+        except InfraError as error:  # a node that cannot be asked is no better than one that is unfit
+            self.withhold(shard, error.message)
+            raise
+
+    def withhold(self, shard: Shard, reason: str) -> None:
+        """The shard's `ok` cells become `infra`; what they said is kept beside the logs."""
+        for cell in shard.cells:
+            if self.manifest.status(cell.id) is Status.OK:
+                samples = json.loads(self.path(cell).read_text())["samples"]
+                self.set_aside(cell)
+                if samples is not None:
+                    path = self.out / samples["file"]
+                    path.rename(self.out / "logs" / "superseded" / path.name)
+                self.record(cell, Ending(Status.INFRA, scrub(reason)))
+                self.progress.event("infra", cell.id)
+
     def note_teardown(self, shard: Shard, crash: str) -> None:
         """A crash after all results were written stands apart from them."""
         print(f"warning: {shard.name}: {crash}", file=sys.stderr)
@@ -252,6 +333,11 @@ def report(out: Path) -> int:
     print(f"results: {out}", file=sys.stderr)
     print(f"next: cx plot {out} --out {out}", file=sys.stderr)
     return code
+
+
+def told(argv: Sequence[str]) -> list[str]:
+    """The command line as a manifest may tell it: paths by their last part, nothing private."""
+    return [scrub(Path(word).name if word.startswith("/") else word) for word in argv]
 
 
 def allocation(execution: str) -> str:

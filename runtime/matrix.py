@@ -137,6 +137,7 @@ def _case(
     ranks: int,
 ) -> Case:
     on_device = sku.device != "cpu" and variant is not None and variant.graph_safe
+    own = registry.load(backend).facts.regimes  # an external program has its own clock, whatever is asked for
     return Case(
         backend=backend,
         variant=variant.name if variant else "",
@@ -144,7 +145,7 @@ def _case(
         shape=shape,
         ranks=ranks,
         nodes=sku.nodes,
-        regimes=tuple(r for r in group.regimes if on_device or r not in ON_DEVICE),
+        regimes=own or tuple(r for r in group.regimes if on_device or r not in ON_DEVICE),
         sampling=group.sampling,
         deadline_s=suite.deadline_s,
         knobs=group.knobs,
@@ -159,6 +160,8 @@ def _refused_here(facts: Facts, sku: Sku) -> str | None:
     """What follows from backend and pool alone."""
     if facts.name in sku.refuse:
         return f"{sku.name}: {sku.refuse[facts.name]}"
+    if facts.regimes and sku.mechanism != "process":
+        return f"{facts.name} is started as a process of the machine, which {sku.mechanism} does not do yet"
     if sku.device not in facts.devices:
         return f"{facts.name} runs on {', '.join(facts.devices)}; {sku.name} has {sku.device}"
     return None

@@ -8,14 +8,25 @@ from functools import lru_cache
 from pathlib import Path
 
 from . import environment
-from .redact import Redactor
+from .redact import Private, Redactor
 
 _PACKAGES = re.compile(r"/[^\s\"']*/(?:site|dist)-packages/")
 
 
+_also: list[Private] = []
+
+
+def also_hide(private: Private) -> None:
+    """More names that must not be told from now on: the nodes and accounts that a launcher has to do with."""
+    _also.append(private)
+    _redactor.cache_clear()
+
+
 @lru_cache(maxsize=1)
 def _redactor() -> Redactor:
-    return Redactor(environment.private())
+    known = [environment.private(), *_also]
+    merged = ([name for one in known for name in getattr(one, kind)] for kind in Private.__dataclass_fields__)
+    return Redactor(Private(*map(tuple, merged)))
 
 
 def scrub(text: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from . import detect, yamlfile
 from .errors import UserError
+from .fabric import Fabric
 from .suite import locate
 
 FOLDER = yamlfile.ROOT / "launchers" / "skus"
@@ -29,12 +30,16 @@ class ScaleUp:
 
 @dataclass(frozen=True)
 class ScaleOut:
-    """The network. nics: per node; GBps: per NIC and direction, 1e9 bytes per second."""
+    """The network. nics: per node; GBps: per NIC and direction, 1e9 bytes per second. See fabric.Fabric."""
 
     kind: str
     nics: int
     GBps: float
     source: str
+    transport: str = "tcp"
+    rails: bool = False
+    small_mr: bool = False
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Sku:
     env            set in every rank process
     refuse         backend -> why it cannot run here
     limits         further ceilings, in the form of the result's `limits`
+    container      "pyxis", "podman", "apptainer", "docker" or "none"
+    scheduler      fields of slurm.Request
     """
 
     name: str
@@ -64,6 +71,11 @@ class Sku:
     refuse: Mapping[str, str] = field(default_factory=dict)
     limits: tuple[Mapping[str, Any], ...] = ()
     nodes: int = 1
+    cpu: str = "x86_64"
+    max_nodes: int | None = None
+    container: str = "none"
+    mpi: str = "none"
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> str:
@@ -99,7 +111,20 @@ class Sku:
         if nodes > 1 and self.mechanism == "process":
             hint = "a pool with a scheduler starts several nodes; see `cx list skus`"
             raise UserError(f"SKU {self.name!r} starts processes on one machine, not on {nodes} nodes", hint)
+        if self.max_nodes is not None and nodes > self.max_nodes:
+            hint = f"use --nodes {self.max_nodes} or less"
+            raise UserError(
+                f"SKU {self.name!r} has jobs of at most {self.max_nodes} nodes, not {nodes}", hint
+            )
         return replace(self, nodes=nodes)
+
+    def fabric(self) -> Fabric:
+        """The network between nodes as this file knows it; a site adds its names."""
+        mnnvl = self.scale_up is not None and self.scale_up.domain > self.gpus_per_node
+        out = self.scale_out
+        if out is None:
+            return Fabric(mnnvl=mnnvl)
+        return Fabric(out.transport, tuple(out.devices), rails=out.rails, small_mr=out.small_mr, mnnvl=mnnvl)
 
 
 def names() -> list[str]:
@@ -150,6 +175,12 @@ def _mistakes(path: Path, data: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(("name", f"{data['name']!r} is not the name of the file, {path.stem!r}"))
     if data["vendor"] == "auto":
         return found
+    if data["mechanism"] == "process" and (data.get("container", "none") != "none" or data["image"]):
+        found.append(("mechanism", "processes of this machine run in no image and no container"))
+    if data["mechanism"] == "docker" and data.get("container") not in ("docker", "podman"):
+        found.append(("container", "mechanism docker needs container: docker or podman"))
+    if data["mechanism"] == "slurm" and data.get("container") == "docker":
+        found.append(("container", "Slurm starts ranks with pyxis, podman or apptainer, or with none"))
     for key in ("product", "gpus_per_node"):
         if data[key] is None:
             found.append((key, "only a pool with `vendor: auto` can leave this to the machine"))

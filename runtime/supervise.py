@@ -89,8 +89,8 @@ def supervise(shard: Shard, logs: Path, watch: Watch) -> str | None:
     remaining = list(shard.cells)
     attempt, port_retries = 0, 0
     while remaining:
-        folder = logs / f"{shard.name}.{attempt}"
-        attempt += 1
+        while (folder := logs / f"{shard.name}.{attempt}").exists():
+            attempt += 1  # of an execution that is resumed: what it left is no answer of this group
         group = watch.start(remaining, folder)
         try:
             end = _watch(group, folder, remaining, watch)

@@ -10,8 +10,9 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 # The measurement contract. It changes whenever a number could move; schema/HISTORY.md says why it did.
@@ -30,7 +31,8 @@ COLLECTIVE_OPS = (
     "reduce",
     "sendrecv",
 )
-REGIMES = ("fresh", "chained", "graph", "kernel")
+PROGRAM_REGIMES = ("loop",)  # what external programs time themselves; no suite asks for these
+REGIMES = ("fresh", "chained", "graph", "kernel", *PROGRAM_REGIMES)
 # For collectives the mode is the placement of the output. For MoE it is the contract of the exchange:
 #   normal       routing known only as expert ids: layout, counts and payload are inside the window
 #   cached       the same routing as the call before: layout and counts are known
@@ -44,6 +46,9 @@ DTYPES: Mapping[str, tuple[str, ...]] = {
     "moe": ("bf16", "fp8"),
 }
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "bf16": 2, "fp8": 1}
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
 
 Reduction = Literal["max", "median", "min"]
 
@@ -165,16 +170,20 @@ class Case:
     @property
     def id(self) -> str:
         """Readable and unique: a slug, then eight hex digits over every field that makes it this case."""
-        facts = case_to_json(self)
-        del facts["deadline_s"]
-        slug = f"{self.shape.label}-{self.mode}-n{self.nodes}r{self.ranks}-{self.backend}"
-        if self.variant:
-            slug += f"-{self.variant}"
-        slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", slug)
-        return f"{slug}-{digest(facts)[:8]}"
+        return _case_id(self)
 
     def with_deadline(self, seconds: float) -> Case:
         return replace(self, deadline_s=seconds)
+
+
+@lru_cache(maxsize=1 << 16)  # pools of the same size ask for the same cases
+def _case_id(case: Case) -> str:
+    facts = case_to_json(case)
+    del facts["deadline_s"]
+    slug = f"{case.shape.label}-{case.mode}-n{case.nodes}r{case.ranks}-{case.backend}"
+    if case.variant:
+        slug += f"-{case.variant}"
+    return f"{_UNSAFE.sub('-', slug)}-{digest(facts)[:8]}"
 
 
 @dataclass(frozen=True)
@@ -191,8 +200,7 @@ class Cell:
 
 def digest(value: Any) -> str:
     """sha256 (hex) of the canonical JSON form of `value`."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(_CANONICAL.encode(value).encode()).hexdigest()
 
 
 def comparison_key(case: Case, regime: str, topology_class: str, contract: str = CONTRACT) -> str:
@@ -206,7 +214,7 @@ def comparison_key(case: Case, regime: str, topology_class: str, contract: str =
         {
             "contract": contract,
             "family": case.family,
-            "shape": asdict(case.shape),
+            "shape": _shape_to_json(case.shape, family=False),
             "mode": case.mode,
             "ranks": case.ranks,
             "nodes": case.nodes,
@@ -216,9 +224,18 @@ def comparison_key(case: Case, regime: str, topology_class: str, contract: str =
     )[:16]
 
 
+def _shape_to_json(shape: Shape, family: bool = True) -> dict[str, Any]:
+    """As dataclasses.asdict, without its deep copies: a plan makes tens of thousands of these."""
+    data: dict[str, Any] = {"family": shape.family} if family else {}
+    data.update(vars(shape))
+    if isinstance(shape, Moe):
+        data["routing"] = dict(vars(shape.routing))
+    return data
+
+
 def case_to_json(case: Case) -> dict[str, Any]:
     """The JSON form, as it stands in cases documents and results."""
-    shape = {"family": case.family, **asdict(case.shape)}
+    shape = _shape_to_json(case.shape)
     return {
         "backend": case.backend,
         "variant": case.variant,
@@ -227,7 +244,7 @@ def case_to_json(case: Case) -> dict[str, Any]:
         "ranks": case.ranks,
         "nodes": case.nodes,
         "regimes": list(case.regimes),
-        "sampling": asdict(case.sampling),
+        "sampling": dict(vars(case.sampling)),
         "deadline_s": case.deadline_s,
         "knobs": dict(case.knobs),
     }

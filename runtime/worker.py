@@ -59,7 +59,8 @@ def command(args: argparse.Namespace) -> int:
     try:
         cases = json.loads(Path(args.cases).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {args.cases}: {error}", "`cx run` writes it and starts the workers") from error
+        hint = "`cx run` writes it and starts the workers"
+        raise UserError(f"cannot read {args.cases}: {error}", hint) from error
     if cases.get("schema") != CASES_SCHEMA or cases.get("contract") != CONTRACT:
         raise UserError(
             f"{args.cases} is not a cases document of contract {CONTRACT}", "use one CollectiveX for both"

@@ -93,7 +93,7 @@ def rank_half() -> dict[str, set[str]]:
     """Every module that the worker and the backends can reach, lazily or not, with what it imports."""
     ours = modules("runtime", "backends")
     reached: dict[str, set[str]] = {}
-    todo = {"runtime.worker", *modules("backends")}
+    todo = {"runtime.worker", "runtime.ranker", "runtime.health", *modules("backends")}
     while todo:
         name = todo.pop()
         if name in ours and name not in reached:

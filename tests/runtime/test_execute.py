@@ -223,8 +223,9 @@ def test_the_key_of_the_host_hashes_is_gone(faulty):
     assert not (out / "logs" / ".key").exists()
 
 
-def test_interrupted_and_resumed(tmp_path):
-    """Ctrl-C leaves valid files and says what did not run; --resume runs just that."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_resumed(tmp_path, number):
+    """Ctrl-C or SIGTERM leaves valid files and says what did not run; --resume runs just that."""
     out = tmp_path / "out"
     suite = write_suite(tmp_path, ["", "slow", ""], deadline=60)
     argv = cx("run", "--suite", str(suite), "--backend", "fake", "--ranks", "2", "--out", str(out))
@@ -232,7 +233,7 @@ def test_interrupted_and_resumed(tmp_path):
     until = time.monotonic() + 60
     while not list((out / "cells").glob("tiny-t1-*.json")) and time.monotonic() < until:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
 
     assert 1 == process.returncode, stderr

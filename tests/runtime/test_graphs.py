@@ -8,7 +8,7 @@ SPIN = "void at::cuda::(anonymous namespace)::spin_kernel(long)"
 
 
 def iteration(at, work):
-    """Marker 10 us, align 5 us, marker 10 us, then `work` as (offset, length) from 30 us on, marker, finish."""
+    """Marker 10 us, align 5, marker 10, then `work` as (offset, length) from 30 us on, marker, finish."""
     spans = [(SPIN, at, at + 10), ("align", at + 10, at + 15), (SPIN, at + 15, at + 25)]
     spans += [("kernel", at + 30 + a, at + 30 + a + b) for a, b in work]
     return [*spans, (SPIN, at + 80, at + 81), ("finish", at + 82, at + 90)]
@@ -22,7 +22,7 @@ def test_a_window_holds_what_ran_between_the_second_marker_and_the_third():
 
 
 def test_kernels_that_overlap_are_counted_once():
-    """Two kernels on two streams, 0-10 and 5-12, keep the GPU busy for 12 us; one inside another adds none."""
+    """Two streams, 0-10 and 5-12, keep the GPU busy for 12 us; a kernel inside another adds none."""
     assert [12.0] == busy_windows(iteration(0, [(0, 10), (5, 7), (6, 2)]))
 
 

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 
 from collectivex.runtime import schemas, suite
 from collectivex.runtime.errors import UserError
-from collectivex.runtime.types import COLLECTIVE_OPS, DTYPES, FAMILIES, MODES, REGIMES, Routing, Sampling
+from collectivex.runtime.types import (
+    COLLECTIVE_OPS,
+    DTYPES,
+    FAMILIES,
+    MODES,
+    PROGRAM_REGIMES,
+    REGIMES,
+    Routing,
+    Sampling,
+)
 
 
 def small(**changes: Any) -> dict[str, Any]:
@@ -262,7 +271,7 @@ def test_the_schema_offers_what_the_types_know() -> None:
         keys = defs[family]["properties"]
         assert tuple(keys["modes"]["items"]["enum"]) == MODES[family]
         assert tuple(keys["dtypes"]["items"]["enum"]) == DTYPES[family]
-        assert tuple(keys["regimes"]["items"]["enum"]) == REGIMES
+        assert (*keys["regimes"]["items"]["enum"], *PROGRAM_REGIMES) == REGIMES
     assert tuple(defs["group"]["properties"]["family"]["enum"]) == FAMILIES
     assert tuple(defs["collective"]["properties"]["ops"]["items"]["enum"]) == COLLECTIVE_OPS
     assert tuple(defs["routing"]["properties"]["kind"]["enum"]) == Routing.KINDS

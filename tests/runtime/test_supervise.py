@@ -72,6 +72,8 @@ def error(kind: str, name: str, message: str) -> dict:
     return {"kind": kind, "type": name, "message": message}
 
 
+FULL = error("infra", "InfraError", "disk full")
+OWN = error("case", "ValueError", "no such row")
 GLOO = error("peer", "RuntimeError", "[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
 
 
@@ -97,10 +99,10 @@ def test_the_cell_that_crashed_is_left_out_of_the_next_group(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("codes", "errors", "status", "reason"),
     [
-        ({0: 1, 1: 1}, {0: GLOO, 1: error("case", "ValueError", "no such row")}, Status.FAILED, "ValueError: no such row"),
+        ({0: 1, 1: 1}, {0: GLOO, 1: OWN}, Status.FAILED, "ValueError: no such row"),
         ({0: 1, 1: 11}, {0: GLOO}, Status.FAILED, "rank 1 exited with 11"),
-        ({0: 1, 1: 0}, {0: GLOO}, Status.FAILED, "rank 1 exited with 0 without an error and without a result"),
-        ({0: 3, 1: 1}, {0: error("infra", "InfraError", "disk full"), 1: GLOO}, Status.INFRA, "disk full"),
+        ({0: 1, 1: 0}, {0: GLOO}, Status.FAILED, "rank 1 exited with 0 without an error and without a"),
+        ({0: 3, 1: 1}, {0: FULL, 1: GLOO}, Status.INFRA, "disk full"),
         ({0: 1, 1: 1}, {0: GLOO, 1: GLOO}, Status.FAILED, "Connection closed by peer"),
     ],
 )  # fmt: skip

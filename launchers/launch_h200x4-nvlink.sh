@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# 4 x NVIDIA H200 SXM of one host over NVLink and NVSwitch, no scheduler
+
+# Slurm runs a copy of this file in its spool folder, and knows where it came from.
+set -euo pipefail
+cx_here=${BASH_SOURCE[0]%/*}
+if [[ ! -f $cx_here/common.sh && -n ${CX_ROOT:-} ]]; then
+  cx_here=$CX_ROOT/launchers
+elif [[ ! -f $cx_here/common.sh && -n ${SLURM_JOB_ID:-} ]]; then
+  cx_here=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/launch_[a-z0-9-]*\.sh.*|\1|p')
+fi
+if [[ ! -f $cx_here/common.sh ]]; then
+  echo "error: cannot find the checkout that launch_h200x4-nvlink.sh belongs to" >&2
+  echo "hint: CX_ROOT=/path/to/the/checkout" >&2
+  exit 2
+fi
+# shellcheck source=launchers/common.sh
+source "$cx_here/common.sh" h200x4-nvlink "$@"

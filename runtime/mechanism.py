@@ -1,0 +1,84 @@
+"""What starts the ranks of a group, and the mechanism that needs nothing: processes of this machine.
+
+The others are in started.py.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from .processes import LocalGroup
+from .supervise import Group
+from .writing import write_json
+
+
+@dataclass(frozen=True)
+class Work:
+    """One group to be started: `document` becomes the cases file at `path`.
+
+    env       set in every rank
+    seconds   what the watchdog allows it at most; a launcher's own limit comes after it
+    """
+
+    path: Path
+    document: dict[str, Any]
+    out: Path
+    ranks: int
+    nodes: int
+    env: Mapping[str, str]
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """Unique in our job: of the group's folder, which is new for every attempt."""
+        execution = self.document["place"]["execution"].rpartition("-")[2]
+        return f"cx-{execution}-{self.path.parent.name}"
+
+    def write(self, address: str) -> None:
+        """The cases file, with what ranker.py needs to start ranks on other machines or in a container."""
+        start = {
+            "ranks": self.ranks,
+            "ranks_per_node": self.ranks // self.nodes,
+            "address": address,
+            "port": port(f"{self.name}/{time.time_ns()}"),
+            "env": dict(self.env),
+        }
+        write_json(self.path, {**self.document, "start": start})
+
+
+class Mechanism(Protocol):
+    """How one execution starts its groups. `image`: as provenance carries it."""
+
+    image: Mapping[str, str | None] | None
+
+    def group(self, work: Work) -> Group:
+        """Start one group. Raises InfraError when it cannot be started at all."""
+        ...
+
+    def check(self, when: str, folder: Path, ranks_per_node: int) -> None:
+        """Health of every node, reports into `folder`. Raises health.Unhealthy."""
+        ...
+
+
+class Processes:
+    """No scheduler, no container: what `cx run` uses by itself."""
+
+    image: Mapping[str, str | None] | None = None
+
+    def group(self, work: Work) -> Group:
+        write_json(work.path, work.document)
+        return LocalGroup(work.path, work.out, work.ranks, work.env)
+
+    def check(self, when: str, folder: Path, ranks_per_node: int) -> None:
+        """A person at the machine sees it; the clocks before and after are in every result."""
+
+
+def port(seed: str) -> int:
+    """A rendezvous port on another machine, where none can be tried out: a worker that finds it taken says
+    so, and the group is started again with another one."""
+    return 20000 + zlib.crc32(seed.encode()) % 10000

@@ -1,0 +1,237 @@
+"""Container programs: argument lists for both vendors, and an execution through a container program.
+
+The program here is a stand-in that drops the container and keeps the command; what docker itself does with
+the arguments is not tested on machines without it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from collectivex.runtime.containers import Container
+from collectivex.runtime.errors import UserError
+from collectivex.runtime.started import docker_image
+from collectivex.runtime.yamlfile import ROOT
+
+MOUNTS = {Path("/code"): False, Path("/out"): True}
+DIGEST = "sha256:" + "d" * 64
+
+DOCKER = """\
+#!{python}
+import json, os, signal, subprocess, sys
+words = sys.argv[1:]
+folder = {folder!r}
+with open(folder + "/calls", "a") as file:
+    file.write(json.dumps(words) + "\\n")
+if words[0] == "image":
+    print("a/b@{digest}")
+elif words[0] == "run":
+    command = words[words.index("a/b@{digest}") + 1:]
+    if os.path.exists(folder + "/broken"):
+        sys.exit("docker: could not select device driver with capabilities: [[gpu]].")
+    name = next(w for w in words if w.startswith("--name=")).partition("=")[2]
+    process = subprocess.Popen([{python!r}, *command[1:]])
+    with open(folder + "/" + name, "w") as file:
+        file.write(str(process.pid))
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    sys.exit(process.wait())
+elif words[0] in ("kill", "rm"):
+    with open(folder + "/" + words[-1]) as file:
+        os.kill(int(file.read()), signal.SIGUSR1 if words[0] == "kill" else signal.SIGKILL)
+"""
+POOL = """\
+schema: collectivex.sku.v1
+name: box
+title: one machine with docker
+vendor: cpu
+arch: null
+product: test
+gpus_per_node: 0
+scale_up: null
+scale_out: null
+limits: []
+mechanism: docker
+container: docker
+image: a/b:c
+env: {GLOO_LOG_LEVEL: "ERROR"}
+refuse: []
+"""
+SUITE = """\
+schema: collectivex.suite.v1
+name: two
+description: two cells
+runs: 1
+order: declared
+deadline_s: 6
+sampling: {warmup_iterations: 1, warmup_s: 0, trials: 1, iterations: 4, chain_blocks: 4, chain_block: 2}
+groups:
+"""
+GROUP = """\
+  - {family: moe, backends: [fake], workloads: [tiny], dtypes: [bf16], tokens: [%d], modes: [normal],
+     variants: [rank-sum], regimes: [fresh, chained], knobs: {latency_us: "dispatch=10,combine=20"%s}}
+"""
+
+
+def test_pyxis_mounts_the_code_read_only_and_no_home() -> None:
+    """Only the output folder is writable."""
+    options = Container("pyxis", "/i.sqsh", "nvidia", "python3", MOUNTS).srun_options()
+    assert "--container-mounts=/code:/code:ro,/out:/out" in options
+    assert {"--no-container-mount-home", "--no-container-entrypoint", "--container-image=/i.sqsh"} <= set(
+        options
+    )
+
+
+def test_docker_gets_the_devices_of_each_vendor() -> None:
+    """NVIDIA by --gpus, AMD by its two device files and the video group, a CPU nothing."""
+
+    def argv(kind: str, vendor: str) -> set[str]:
+        return set(Container(kind, "i", vendor, "python3", MOUNTS).prefix("x", (1, 2), stdin=True))
+
+    assert "--gpus=all" in argv("docker", "nvidia")
+    assert "--device=nvidia.com/gpu=all" in argv("podman", "nvidia")
+    assert {"--device=/dev/kfd", "--device=/dev/dri", "--group-add=video"} <= argv("docker", "amd")
+    assert not any("device" in word or "gpu" in word for word in argv("docker", "cpu"))
+    assert {"--volume=/code:/code:ro", "--volume=/out:/out", "--user=1:2", "--name=x"} <= argv(
+        "docker", "cpu"
+    )
+
+
+def test_containers_inside_a_step_see_their_rank() -> None:
+    """podman hides the environment, apptainer passes it on."""
+    podman = Container("podman", "i", "amd", "python3", MOUNTS).prefix("x")
+    assert {"--env=SLURM_PROCID", "--env=SLURM_STEP_NUM_TASKS"} <= set(podman)
+    apptainer = Container("apptainer", "/i.sqsh", "amd", "python3", MOUNTS).prefix("x")
+    assert apptainer[:2] == ["apptainer", "exec"]
+    assert "--rocm" in apptainer
+    assert "--bind=/code:/code:ro" in apptainer
+
+
+def test_rdma_needs_its_devices_and_locked_memory() -> None:
+    """Otherwise registration fails with errno 12 inside."""
+    needed = {"--device=/dev/infiniband", "--ulimit=memlock=-1"}
+    assert needed <= set(Container("podman", "i", "amd", "python3", MOUNTS, rdma=True).prefix("x"))
+    assert not needed & set(Container("podman", "i", "amd", "python3", MOUNTS).prefix("x"))
+
+
+@pytest.mark.parametrize("path", ["/a,b", "/a:b"])
+def test_a_path_that_would_end_a_mount_is_refused(path: str) -> None:
+    """Silently mounting something else is worse."""
+    with pytest.raises(UserError, match="comma or colon"):
+        Container("pyxis", "i", "cpu", "python3", {Path(path): True})
+
+
+class Box:
+    """A machine whose docker is the stand-in."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.out = folder, folder / "out"
+        (folder / "docker").write_text(
+            DOCKER.format(python=sys.executable, folder=str(folder), digest=DIGEST)
+        )
+        (folder / "docker").chmod(0o755)
+        (folder / "box.yaml").write_text(POOL)
+        self.env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "CX_PYTHON": sys.executable}
+        self.env.pop("SLURM_JOB_ID", None)
+
+    def argv(self, faults: list[str]) -> list[str]:
+        groups = [GROUP % (t, f", fault: {fault}" if fault else "") for t, fault in enumerate(faults, 1)]
+        (self.folder / "two.yaml").write_text(SUITE + "".join(groups))
+        launcher = str(ROOT / "launchers" / "launch_local.sh")
+        files = ["--sku", str(self.folder / "box.yaml"), "--suite", str(self.folder / "two.yaml")]
+        return [launcher, *files, "--backend", "fake", "--ranks", "2", "--out", str(self.out)]
+
+    def launch(self, *faults: str) -> subprocess.CompletedProcess[str]:
+        argv = self.argv(list(faults))
+        return subprocess.run(argv, env=self.env, capture_output=True, text=True, check=False, timeout=120)
+
+    def records(self) -> list[dict]:
+        cells = json.loads((self.out / "manifest.json").read_text())["cells"]
+        return [json.loads((self.out / cell["file"]).read_text()) for cell in cells]
+
+    def calls(self) -> list[list[str]]:
+        return [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Box:
+    return Box(tmp_path)
+
+
+def test_a_launch_in_a_container_ends_in_the_same_records(box: Box) -> None:
+    """One container for all ranks; crash and honest cell told apart; the image's digest is recorded."""
+    done = box.launch("crash", "")
+
+    first, second = box.records()
+    assert done.returncode == 1, done.stderr
+    assert (first["status"], second["status"]) == ("failed", "ok")
+    assert "rank 1 killed by SIGSEGV" in first["reason"]
+    assert second["provenance"]["image"] == {"reference": "a/b:c", "digest": DIGEST, "arch": "x86_64"}
+    runs = [call for call in box.calls() if call[0] == "run" and "rank" in call]
+    assert len(runs) == 2
+    assert len({word for call in runs for word in call if word.startswith("--name=")}) == 2
+
+
+def test_a_hang_in_a_container_has_stacks_and_ends(box: Box) -> None:
+    """The watchdog reaches into the container by our own container's name."""
+    done = box.launch("hang", "")
+
+    first, second = box.records()
+    assert (first["status"], second["status"]) == ("timeout", "ok"), done.stderr
+    assert all("File" in rank["stack"] for rank in first["failure"]["ranks"])
+
+
+def test_a_container_that_does_not_start_is_infra_with_its_words(box: Box) -> None:
+    """The first thing that asks for one is the health check."""
+    (box.folder / "broken").touch()
+    done = box.launch("", "")
+
+    assert done.returncode == 3
+    assert {record["status"] for record in box.records()} == {"infra"}
+    assert "could not select device driver" in box.records()[0]["reason"]
+
+
+def test_killed_outright_nothing_goes_on_inside(box: Box) -> None:
+    """The container ends with its stdin."""
+
+    def left() -> list[str]:
+        """Processes whose command line names the folder."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                text = path.read_bytes()
+            except OSError:
+                continue
+            if str(box.out).encode() in text:
+                found.append(path.parent.name)
+        return found
+
+    process = subprocess.Popen(
+        box.argv(["slow"]), env=box.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    until = time.monotonic() + 60
+    while not list(box.out.glob("logs/fake.r0.0/rank1.beat.json")) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert len(left()) >= 4, "the launch, the container and two ranks"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+    until = time.monotonic() + 15
+    while left() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert left() == []
+
+
+def test_docker_images_are_run_by_digest(tmp_path: Path) -> None:
+    """What is run is what is recorded."""
+    box = Box(tmp_path)
+    reference, image = docker_image(str(box.folder / "docker"), "a/b:c", "x86_64")
+    assert reference == f"a/b@{DIGEST}"
+    assert image["digest"] == DIGEST
