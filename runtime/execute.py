@@ -71,16 +71,18 @@ def command(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM (from `timeout`, a scheduler, a service manager) ends a run as Ctrl-C does: accounted for."""
+    """SIGTERM (from `timeout`, a scheduler, a service manager) and SIGHUP (a terminal that closes) end a run
+    as Ctrl-C does: accounted for."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def plan(args: argparse.Namespace) -> tuple[Suite, Sku, list[Planned]]:

@@ -8,13 +8,10 @@ scheduler it starts containers or processes here. The records, the summary and t
 from __future__ import annotations
 
 import argparse
-import contextlib
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from . import environment, execute, images, recipe, slurm
 from .allocation import allocated
@@ -49,26 +46,11 @@ def command(args: argparse.Namespace) -> int:
     if args.dry_run:
         print("\n".join(recipe.lines(args, sku, pool, planned, out)))
         return 0
-    with terminable():
-        if sku.mechanism == "process":
-            args.out = str(out)
-            return execute.command(args)
+    if sku.mechanism == "process":
+        args.out = str(out)
+        return execute.command(args)
+    with execute.terminated_like_interrupted():
         return Launch(args, sku, pool, out).run(suite, planned)
-
-
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM and SIGHUP (the scheduler's warning, a closed terminal) end us as Ctrl-C does: with records."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def hide(pool: Pool, nodes: Sequence[str] = ()) -> None:
@@ -92,7 +74,7 @@ class Launch:
     def run(self, suite: Suite, planned: Sequence[Planned]) -> int:
         given = environment.slurm_job()
         again = given is not None and given[1] > 0 and (self.out / "manifest.json").exists()  # requeued
-        words = [scrub(word) for word in without_site(sys.argv[1:])]
+        words = execute.told(without_site(sys.argv[1:]))
         cells = [item.cell for item in planned]
         resume = self.args.resume or again
         recipe.mounted(self.sku, self.pool, None, ROOT, self.out)  # what cannot be mounted is told first
