@@ -17,7 +17,7 @@ from typing import Any
 from .device import Device, Mark
 from .ranks import Ranks
 from .stats import late_over_early, settled
-from .types import Sampling, Series
+from .types import Reduction, Sampling, Series
 
 BLOCK_US = (
     500.0  # a block lasts at least this long, so that its mark (some 5 us of the host's time) is 1 % of it
@@ -58,6 +58,45 @@ class Bench:
 
     def agree(self, value: Any) -> Any:
         return self.ranks.from_zero(value)
+
+
+class Trials:
+    """Trial numbers from 0, as many as configured, or fewer: no new one starts after the budget.
+
+    Rank 0 decides for all. Afterwards `done` says how many there were and `reason` why no more.
+    """
+
+    def __init__(self, bench: Bench, most: int, budget_s: float):
+        self.bench, self.most, self.budget_s = bench, most, budget_s
+        self.done, self.reason = 0, "complete"
+
+    def __iter__(self) -> Iterator[int]:
+        began = time.perf_counter()
+        while True:
+            yield self.done
+            self.done += 1
+            if self.done == self.most:
+                break
+            if self.bench.agree(time.perf_counter() - began > self.budget_s):
+                self.reason = f"budget of {self.budget_s:g} s reached"
+                break
+        self.bench.spent("measured_s", began)
+
+    def series(
+        self, component: str, regime: str, headline: Reduction, samples: list[float], **more: Any
+    ) -> Series:
+        """What was measured; settled where late and early half agree on most ranks. Collective."""
+        votes = self.bench.ranks.all_gather(settled(samples))
+        return Series(
+            component,
+            regime,
+            headline,
+            samples,
+            trials=self.done,
+            stop_reason=self.reason,
+            settled=2 * sum(votes) > len(votes),
+            **more,
+        )
 
 
 def warm_up(bench: Bench, call: Callable[[], Any], phase: str) -> bool:
@@ -106,26 +145,15 @@ def fresh(bench: Bench, components: Sequence[Component]) -> list[Series]:
     Nothing waits between the preparation and the start of the window. The order of the components rotates
     from trial to trial, so that no component always follows the same one.
     """
-    began = time.perf_counter()
     sampling, device = bench.sampling, bench.device
     samples: dict[str, list[float]] = {c.name: [] for c in components}
-    trials, reason = 0, "complete"
-    for trial in range(sampling.trials):
+    trials = Trials(bench, sampling.trials, sampling.budget_s)
+    for trial in trials:
         shift = trial % len(components)
         for component in [*components[shift:], *components[:shift]]:
             bench.beat(f"fresh {component.name}", trial * sampling.iterations)
             samples[component.name] += _fresh_trial(device, component, sampling.iterations, bench.align)
-        trials += 1
-        if bench.agree(time.perf_counter() - began > sampling.budget_s) and trials < sampling.trials:
-            reason = f"budget of {sampling.budget_s:g} s reached"
-            break
-    bench.spent("measured_s", began)
-    return [
-        Series(
-            name, "fresh", "max", values, trials=trials, stop_reason=reason, settled=_steady(bench, values)
-        )
-        for name, values in samples.items()
-    ]
+    return [trials.series(name, "fresh", "max", values) for name, values in samples.items()]
 
 
 def _fresh_trial(
@@ -154,12 +182,11 @@ def split_fresh(
     pair(mark)   runs first, calls mark() and returns that mark, runs second
     Gives the series `first`, `second` and "roundtrip".
     """
-    began = time.perf_counter()
     sampling, device = bench.sampling, bench.device
     names = (first, second, "roundtrip")
     samples: dict[str, list[float]] = {name: [] for name in names}
-    trials, reason = 0, "complete"
-    for trial in range(sampling.trials):
+    trials = Trials(bench, sampling.trials, sampling.budget_s)
+    for trial in trials:
         bench.beat("fresh pair", trial * sampling.iterations)
         with _undisturbed():
             for _ in range(sampling.iterations):
@@ -171,17 +198,7 @@ def split_fresh(
                 device.synchronize()
                 for name, a, b in zip(names, (start, middle, start), (middle, end, end), strict=True):
                     samples[name].append(device.elapsed_us(a, b))
-        trials += 1
-        if bench.agree(time.perf_counter() - began > sampling.budget_s) and trials < sampling.trials:
-            reason = f"budget of {sampling.budget_s:g} s reached"
-            break
-    bench.spent("measured_s", began)
-    return [
-        Series(
-            name, "fresh", "max", values, trials=trials, stop_reason=reason, settled=_steady(bench, values)
-        )
-        for name, values in samples.items()
-    ]
+    return [trials.series(name, "fresh", "max", values) for name, values in samples.items()]
 
 
 def chained(
@@ -193,31 +210,22 @@ def chained(
     anyway; one sample is a block's mean. A block has `chain_block` turns, or more where that is less than
     BLOCK_US. With the regime "graph" `call` is one replay of a graph that holds `turns_per_call` turns.
     """
-    began = time.perf_counter()
     sampling, device = bench.sampling, bench.device
     calls = _calls_per_block(bench, call, max(1, sampling.chain_block // turns_per_call))
     samples: list[float] = []
-    trials, reason = 0, "complete"
-    for trial in range(sampling.trials):
+    trials = Trials(bench, sampling.trials, sampling.budget_s)
+    for trial in trials:
         bench.beat(f"{regime} {component}", trial)
         marks = _run_chain(bench, call, sampling.chain_blocks + DROPPED_BLOCKS, calls)
         kept = marks[DROPPED_BLOCKS:]
         for first, last in zip(kept, kept[1:], strict=False):
             samples.append(device.elapsed_us(first, last) / (calls * turns_per_call))
-        trials += 1
-        if bench.agree(time.perf_counter() - began > sampling.budget_s) and trials < sampling.trials:
-            reason = f"budget of {sampling.budget_s:g} s reached"
-            break
-    bench.spent("measured_s", began)
-    return Series(
+    return trials.series(
         component,
         regime,
         "median",
         samples,
         per_sample=calls * turns_per_call,
-        trials=trials,
-        stop_reason=reason,
-        settled=_steady(bench, samples),
         health={"settle_drift": late_over_early(samples)},
     )
 
@@ -253,13 +261,12 @@ def chain_floors(bench: Bench, calls: Sequence[tuple[str, Callable[[], Any]]]) -
 
     calls   (name, operation) in the order of one turn of the chain; the whole turn is repeated back to back
     """
-    began = time.perf_counter()
     sampling, device = bench.sampling, bench.device
     turns = (sampling.chain_blocks + DROPPED_BLOCKS) * sampling.chain_block
     dropped = DROPPED_BLOCKS * sampling.chain_block
     samples: dict[str, list[float]] = {name: [] for name, _ in calls}
-    trials, reason = 0, "complete"
-    for trial in range(max(1, sampling.trials // 4)):
+    trials = Trials(bench, max(1, sampling.trials // 4), sampling.budget_s / 4)
+    for trial in trials:
         bench.beat("chained floors", trial)
         device.reserve(turns * len(calls) + 1)
         device.synchronize()
@@ -276,26 +283,4 @@ def chain_floors(bench: Bench, calls: Sequence[tuple[str, Callable[[], Any]]]) -
             for turn in range(dropped, turns):
                 at = turn * len(calls) + index
                 samples[name].append(device.elapsed_us(marks[at], marks[at + 1]))
-        trials += 1
-        if bench.agree(time.perf_counter() - began > sampling.budget_s / 4):
-            reason = f"budget of {sampling.budget_s / 4:g} s reached"
-            break
-    bench.spent("measured_s", began)
-    return [
-        Series(
-            f"{name}_floor",
-            "chained",
-            "min",
-            values,
-            trials=trials,
-            stop_reason=reason,
-            settled=_steady(bench, values),
-        )
-        for name, values in samples.items()
-    ]
-
-
-def _steady(bench: Bench, samples: Sequence[float]) -> bool:
-    """Whether the series had settled on most ranks."""
-    votes = bench.ranks.all_gather(settled(samples))
-    return 2 * sum(votes) > len(votes)
+    return [trials.series(f"{name}_floor", "chained", "min", values) for name, values in samples.items()]
