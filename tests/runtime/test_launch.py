@@ -43,7 +43,8 @@ def dry(capsys: pytest.CaptureFixture[str], pool: str, name: str, *more: str) ->
     fixed = ["--backend", "torch_dist", "--out", "/results/a run", "--site", str(SITE), "--dry-run"]
     code, out, err = cx(capsys, "launch", "--sku", pool, "--suite", name, *fixed, *more)
     assert code == 0, err
-    return out.replace(str(ROOT), "/checkout").replace(sys.executable, "/python")
+    # the interpreter first: it may lie inside the checkout
+    return out.replace(sys.executable, "/python").replace(str(ROOT), "/checkout")
 
 
 @pytest.mark.parametrize("pool", sku.names())
