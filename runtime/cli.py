@@ -252,6 +252,7 @@ def _rank(commands: Any) -> None:
     p.add_argument("--cases", required=True, metavar="FILE")
     p.add_argument("--out", required=True, metavar="DIR")
     p.add_argument("--local", type=_count, metavar="N")
+    p.add_argument("--launcher", choices=("torchrun", "mpi"))
 
 
 def _health(commands: Any) -> None:

@@ -62,10 +62,11 @@ class Container:
             "--no-container-entrypoint",
         ]
 
-    def prefix(self, name: str, user: tuple[int, int] | None = None, stdin: bool = False) -> list[str]:
+    def prefix(self, name: str | None = None, user: tuple[int, int] | None = None) -> list[str]:
         """What stands before the command where a program makes the container; nothing for the other kinds.
 
-        name    of the container, ours alone, so that nothing else is ever ended
+        name    of the container, ours alone, so that nothing else is ever ended; it ends with its stdin.
+                None: one container for each task of a Slurm step, where no two can have one name
         user    user and group id inside; None: the program's own choice
         """
         if self.kind == "apptainer":
@@ -74,13 +75,15 @@ class Container:
             return ["apptainer", "exec", "--no-home", "--pwd=/", *device, *binds, str(self.image)]
         if self.kind not in ("docker", "podman"):
             return []
-        argv = [self.kind, "run", "--rm", "--init", f"--name={name}", "--network=host", "--ipc=host"]
-        argv += ["--interactive"] if stdin else []
+        argv = [self.kind, "run", "--rm", "--init", "--network=host", "--ipc=host"]
+        argv += [f"--name={name}", "--interactive"] if name else []
         argv += ["--env=HOME=/tmp", "--workdir=/", "--entrypoint="]
         argv += [f"--user={user[0]}:{user[1]}"] if user else []
+        if self.kind == "podman" and user and user[0] != 0:
+            argv.append("--userns=keep-id")  # else that id inside is one of the user's sub-ids outside
         argv += self._devices()
         argv += ["--device=/dev/infiniband", "--ulimit=memlock=-1"] if self.rdma else []
-        if not stdin:  # one container for each task of a Slurm step: which rank it is stands in these
+        if not name:  # which rank of the step it is stands in these
             argv += [f"--env={variable}" for variable in SLURM_NAMES]
         for path, writable in self.mounts.items():
             argv.append(f"--volume={path}:{path}" + ("" if writable else ":ro"))

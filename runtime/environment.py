@@ -40,10 +40,20 @@ def rank_environment(
     return read_rank(os.environ if environ is None else environ, master_address, master_port)
 
 
-def step_rank(address: str, port: int, environ: Mapping[str, str] | None = None) -> RankEnvironment:
-    """Who this process is in a Slurm step, whatever another launcher's variables say that leaked into it."""
+_OWN = {
+    "slurm": ("SLURM_",),
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "mpi": ("OMPI_COMM_WORLD_", "PMI_", "MPI_"),
+}
+
+
+def step_rank(
+    address: str, port: int, environ: Mapping[str, str] | None = None, launcher: str = "slurm"
+) -> RankEnvironment:
+    """Who this process is among those that `launcher` ("slurm", "torchrun" or "mpi") started, whatever
+    another launcher's variables say that leaked into it."""
     env = os.environ if environ is None else environ
-    return read_rank({n: v for n, v in env.items() if n.startswith("SLURM_")}, address, port)
+    return read_rank({n: v for n, v in env.items() if n.startswith(_OWN[launcher])}, address, port)
 
 
 _SLURM_FACTS = {

@@ -30,6 +30,7 @@ from .mechanism import Mechanism, Processes, Work
 from .progress import Progress
 from .scrub import scrub
 from .sku import Sku, load_sku
+from .starting import LauncherProcesses
 from .suite import Suite, load_suite
 from .supervise import GRACE_S, Ending, Group, Shard, Watch, supervise
 from .types import CASES_SCHEMA, CONTRACT, Cell, Status, case_to_json
@@ -53,7 +54,10 @@ def command(args: argparse.Namespace) -> int:
     manifest = Manifest.open(
         out, suite.name, sku.name, told(sys.argv[1:]), [p.cell for p in planned], args.resume
     )
-    execution = Execution(suite, sku, planned, out, manifest, Progress(len(planned)), args.fail_fast)
+    mechanism = Processes() if sku.start == "ranker" else LauncherProcesses(sku.start)
+    execution = Execution(
+        suite, sku, planned, out, manifest, Progress(len(planned)), args.fail_fast, mechanism=mechanism
+    )
     try:
         with terminated_like_interrupted():
             execution.run()

@@ -151,7 +151,7 @@ class Launch:
         say(f"image: pulling {name}")
         reference, image = docker_image(self.sku.container, name, self.sku.cpu)
         wanted = Wanted(self.sku.vendor, self.sku.gpus_per_node, self.sku.product)
-        return ContainerMechanism(self.mounted(reference), self.root, wanted, image)
+        return ContainerMechanism(self.mounted(reference), self.root, wanted, image, start=self.sku.start)
 
     def container(self, job: str) -> tuple[Container, dict[str, str | None] | None]:
         """How ranks of a step get into the image, and the image as provenance tells it."""

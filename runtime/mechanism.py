@@ -1,13 +1,13 @@
 """What starts the ranks of a group, and the mechanism that needs nothing: processes of this machine.
 
-The others are in started.py.
+The others are in started.py and starting.py.
 """
 
 from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,3 +82,9 @@ def port(seed: str) -> int:
     """A rendezvous port on another machine, where none can be tried out: a worker that finds it taken says
     so, and the group is started again with another one."""
     return 20000 + zlib.crc32(seed.encode()) % 10000
+
+
+def local_ranks(files: Sequence[str], ranks: int, start: str) -> list[str]:
+    """Arguments of the command that starts all ranks of this machine, see ranker.py."""
+    more = [] if start == "ranker" else ["--launcher", start]
+    return ["rank", *files, "--local", str(ranks), *more]

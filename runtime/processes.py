@@ -77,11 +77,12 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def worker_command(*arguments: str) -> list[str]:
-    """argv of `collectivex worker ...` in this interpreter, from an installed package or a bare checkout."""
+def worker_command(*arguments: str, command: str = "worker") -> list[str]:
+    """argv of `collectivex worker ...` (or `command`) in this interpreter, from an installed package or a
+    bare checkout."""
     import collectivex
 
     root = str(Path(collectivex.__file__).resolve().parent.parent)
     program = "from collectivex.runtime.cli import main; sys.exit(main())"
     program = f"import sys; sys.path.insert(0, {root!r}); {program}"
-    return [sys.executable, "-u", "-c", program, "worker", *arguments]
+    return [sys.executable, "-u", "-c", program, command, *arguments]

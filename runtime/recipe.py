@@ -12,10 +12,12 @@ from .commands import shown
 from .containers import Container
 from .health import Wanted
 from .matrix import Planned
+from .mechanism import local_ranks
 from .processes import worker_command
 from .site import Pool
 from .sku import Sku
-from .started import ContainerMechanism, SlurmMechanism
+from .started import ContainerMechanism, SlurmMechanism, pulled_as
+from .starting import LauncherProcesses
 from .supervise import GRACE_S, Watch
 from .yamlfile import ROOT
 
@@ -88,7 +90,7 @@ def _image(sku: Sku, pool: Pool) -> Iterator[str]:
     reference = images.parse(name or "")
     yield f"# image: {reference.name}; DIGEST is what the registry says it is now"
     if sku.container == "docker" or sku.mechanism == "docker":
-        yield shown([sku.container, "pull", "--quiet", name or ""])
+        yield shown([sku.container, "pull", "--quiet", pulled_as(name or "")])
         return f"{reference.registry}/{reference.repository}@DIGEST"
     if sku.container == "podman":
         return f"{reference.registry}/{reference.repository}@DIGEST"
@@ -120,6 +122,9 @@ def _group(
 ) -> Iterator[str]:
     """Health, the group, health again."""
     if sku.mechanism == "process":
+        if sku.start != "ranker":
+            yield shown(LauncherProcesses(sku.start, root).argv(files, ranks))
+            return
         yield f"# {ranks} times, as ranks 0 to {ranks - 1}:"
         yield shown(worker_command(*files))
         return
@@ -127,9 +132,9 @@ def _group(
     look = ("health", "--vendor", sku.vendor, "--out", f"{files[-1]}/logs/{name}.health")
     group = f"cx-{EXECUTION}-{name}.0"
     if sku.mechanism == "docker":
-        docker = ContainerMechanism(container, root, wanted, {})
+        docker = ContainerMechanism(container, root, wanted, {}, start=sku.start)
         health = docker.argv("cx-health", *look)
-        ranked = docker.argv(group, "rank", *files, "--local", str(ranks))
+        ranked = docker.argv(group, *local_ranks(files, ranks, sku.start))
     else:
         step = SlurmMechanism(JOB, [NODE], container, root, wanted, sku.mpi)
         health = step.argv("cx-health", nodes, 1, 120, *look)

@@ -51,6 +51,7 @@ class Sku:
     env            set in every rank process
     refuse         backend -> why it cannot run here
     limits         further ceilings, in the form of the result's `limits`
+    start          what starts the ranks of this machine: "ranker" (ours), "torchrun" or "mpi"
     container      "pyxis", "podman", "apptainer", "docker" or "none"
     scheduler      fields of slurm.Request
     """
@@ -75,6 +76,7 @@ class Sku:
     max_nodes: int | None = None
     container: str = "none"
     mpi: str = "none"
+    start: str = "ranker"
     scheduler: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -181,6 +183,8 @@ def _mistakes(path: Path, data: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(("container", "mechanism docker needs container: docker or podman"))
     if data["mechanism"] == "slurm" and data.get("container") == "docker":
         found.append(("container", "Slurm starts ranks with pyxis, podman or apptainer, or with none"))
+    if data["mechanism"] == "slurm" and data.get("start", "ranker") != "ranker":
+        found.append(("start", "in a Slurm step srun starts the ranks; `mpi: pmix` is for what needs MPI"))
     for key in ("product", "gpus_per_node"):
         if data[key] is None:
             found.append((key, "only a pool with `vendor: auto` can leave this to the machine"))

@@ -16,13 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import environment, health, slurm
+from . import environment, health, images, slurm
 from .commands import Run, must, run, shown
 from .containers import Container
 from .errors import InfraError
 from .health import Wanted
 from .heartbeat import read
-from .mechanism import Work
+from .mechanism import Work, local_ranks
 from .ranker import complain
 from .scrub import scrub
 from .supervise import Group
@@ -192,7 +192,7 @@ class SlurmMechanism:
 
     def argv(self, name: str, nodes: int, per_node: int, seconds: float, *arguments: str) -> list[str]:
         entry = self.container.entry(self.root, *arguments)
-        command = [*self.container.prefix(name), *entry]
+        command = [*self.container.prefix(), *entry]
         minutes = slurm.step_minutes(seconds)
         more = [f"--mpi={self.mpi}", *self.container.srun_options()]
         return slurm.srun(self.job, name, nodes, per_node, minutes, more, command)
@@ -254,7 +254,7 @@ class ContainerGroup(StartedGroup):
 
 
 class ContainerMechanism:
-    """Groups are containers of this machine, by docker or podman."""
+    """Groups are containers of this machine, by docker or podman. `start`: see sku.Sku."""
 
     def __init__(
         self,
@@ -263,20 +263,21 @@ class ContainerMechanism:
         wanted: Wanted,
         image: Mapping[str, str | None],
         execute: Run = run,
+        start: str = "ranker",
     ):
-        self.container, self.root, self.wanted = container, root, wanted
+        self.container, self.root, self.wanted, self.start = container, root, wanted, start
         self.image: Mapping[str, str | None] | None = image
         self.execute = execute
         self.env = environment.inherited()
 
     def argv(self, name: str, *arguments: str) -> list[str]:
         user = (os.getuid(), os.getgid())
-        return [*self.container.prefix(name, user, stdin=True), *self.container.entry(self.root, *arguments)]
+        return [*self.container.prefix(name, user), *self.container.entry(self.root, *arguments)]
 
     def group(self, work: Work) -> Group:
         work.write("127.0.0.1")
-        cases, out = str(work.path.resolve()), str(work.out.resolve())
-        argv = self.argv(work.name, "rank", "--cases", cases, "--out", out, "--local", str(work.ranks))
+        files = ("--cases", str(work.path.resolve()), "--out", str(work.out.resolve()))
+        argv = self.argv(work.name, *local_ranks(files, work.ranks, self.start))
         return ContainerGroup(argv, self.env, work, self.container.kind, self.execute)
 
     def check(self, when: str, folder: Path, ranks_per_node: int) -> None:
@@ -297,11 +298,22 @@ def wait_for(there: Callable[[], bool], seconds: float = SETTLE_S) -> None:
 
 def docker_image(program: str, reference: str, arch: str, execute: Run = run) -> tuple[str, dict[str, Any]]:
     """(reference by digest, provenance) of an image, pulled. Raises InfraError when it cannot be had."""
-    must(f"pulling {reference}", execute([program, "pull", "--quiet", reference], timeout_s=3600))
+    full = pulled_as(reference)
+    must(f"pulling {reference}", execute([program, "pull", "--quiet", full], timeout_s=3600))
     form = "{{range .RepoDigests}}{{println .}}{{end}}"
-    text = must("inspecting the image", execute([program, "image", "inspect", f"--format={form}", reference]))
-    digests = re.findall(r"^\S+@(sha256:[0-9a-f]{64})$", text, re.MULTILINE)
+    text = must("inspecting the image", execute([program, "image", "inspect", f"--format={form}", full]))
+    # an image that was pulled from several places has a digest of each
+    repository = images.parse(reference).name.rpartition(":")[0]
+    pairs = re.findall(r"^(\S+)@(sha256:[0-9a-f]{64})$", text, re.MULTILINE)
+    digests = [d for name, d in pairs if images.parse(f"{name}:x").name.rpartition(":")[0] == repository]
     if not digests:
         raise InfraError(f"{program} knows no digest of image {reference}", "pull it from a registry")
+    digest = full.partition("@")[2] or digests[0]
     name = reference.partition("@")[0]
-    return f"{name.rpartition(':')[0]}@{digests[0]}", {"reference": name, "digest": digests[0], "arch": arch}
+    return f"{repository}@{digest}", {"reference": name, "digest": digest, "arch": arch}
+
+
+def pulled_as(reference: str) -> str:
+    """A reference with its registry: podman does not take docker.io for granted, and asks on a terminal."""
+    image = images.parse(reference)
+    return image.name + (f"@{image.digest}" if image.digest else "")

@@ -12,6 +12,9 @@ from hypothesis import settings
 
 GOLDEN = Path(__file__).parent / "golden"
 
+# Where podman looks for the program behind --init.
+_INIT = ("/usr/libexec/podman", "/usr/lib/podman", "/usr/bin")
+
 # Two shared cores: a wall-clock deadline per example would fail for other people's load.
 settings.register_profile("house", deadline=None)
 settings.load_profile("house")
@@ -24,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, and say why."""
-    why = {"gpu": _no_gpu, "slurm": _no_slurm, "browser": _no_browser}
+    why = {"gpu": _no_gpu, "slurm": _no_slurm, "podman": _no_podman, "browser": _no_browser}
     for name, reason in why.items():
         marked = [item for item in items if name in item.keywords]
         missing = reason() if marked else None
@@ -41,6 +44,15 @@ def _no_gpu() -> str | None:
 
 def _no_slurm() -> str | None:
     return None if os.geteuid() == 0 else "a real Slurm needs root"
+
+
+def _no_podman() -> str | None:
+    if os.geteuid() != 0:
+        return "podman without root wants sub-ids and a systemd session of the user"
+    missing = [name for name in ("podman", "runc") if not shutil.which(name)]
+    if not any(Path(folder, "catatonit").exists() for folder in _INIT):
+        missing.append("catatonit")
+    return f"not installed: {', '.join(missing)}" if missing else None
 
 
 def _no_browser() -> str | None:

@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from collectivex.runtime.commands import run
 from collectivex.runtime.containers import Container
 from collectivex.runtime.errors import UserError
-from collectivex.runtime.started import docker_image
+from collectivex.runtime.health import Wanted
+from collectivex.runtime.started import SlurmMechanism, docker_image
 from collectivex.runtime.yamlfile import ROOT
 
 MOUNTS = {Path("/code"): False, Path("/out"): True}
@@ -32,9 +34,10 @@ folder = {folder!r}
 with open(folder + "/calls", "a") as file:
     file.write(json.dumps(words) + "\\n")
 if words[0] == "image":
+    print("elsewhere/b@sha256:" + "e" * 64)
     print("a/b@{digest}")
 elif words[0] == "run":
-    command = words[words.index("a/b@{digest}") + 1:]
+    command = words[words.index("docker.io/a/b@{digest}") + 1:]
     if os.path.exists(folder + "/broken"):
         sys.exit("docker: could not select device driver with capabilities: [[gpu]].")
     name = next(w for w in words if w.startswith("--name=")).partition("=")[2]
@@ -93,7 +96,7 @@ def test_docker_gets_the_devices_of_each_vendor() -> None:
     """NVIDIA by --gpus, AMD by its two device files and the video group, a CPU nothing."""
 
     def argv(kind: str, vendor: str) -> set[str]:
-        return set(Container(kind, "i", vendor, "python3", MOUNTS).prefix("x", (1, 2), stdin=True))
+        return set(Container(kind, "i", vendor, "python3", MOUNTS).prefix("x", (1, 2)))
 
     assert "--gpus=all" in argv("docker", "nvidia")
     assert "--device=nvidia.com/gpu=all" in argv("podman", "nvidia")
@@ -106,12 +109,33 @@ def test_docker_gets_the_devices_of_each_vendor() -> None:
 
 def test_containers_inside_a_step_see_their_rank() -> None:
     """podman hides the environment, apptainer passes it on."""
-    podman = Container("podman", "i", "amd", "python3", MOUNTS).prefix("x")
+    podman = Container("podman", "i", "amd", "python3", MOUNTS).prefix()
     assert {"--env=SLURM_PROCID", "--env=SLURM_STEP_NUM_TASKS"} <= set(podman)
-    apptainer = Container("apptainer", "/i.sqsh", "amd", "python3", MOUNTS).prefix("x")
+    apptainer = Container("apptainer", "/i.sqsh", "amd", "python3", MOUNTS).prefix()
     assert apptainer[:2] == ["apptainer", "exec"]
     assert "--rocm" in apptainer
     assert "--bind=/code:/code:ro" in apptainer
+
+
+def test_containers_of_one_step_have_no_name() -> None:
+    """Two tasks of a node would want the same one, and podman refuses the second."""
+    step = SlurmMechanism(
+        "7", ["n1"], Container("podman", "i", "cpu", "python3", MOUNTS), ROOT, Wanted("cpu", 2), execute=run
+    )
+    argv = step.argv("cx-1", 1, 2, 60, "rank")
+    assert "podman" in argv
+    assert not any(word.startswith("--name") for word in argv)
+
+
+def test_podman_without_root_writes_as_its_user() -> None:
+    """The user's id inside is else a sub-id outside, which may not write the output folder."""
+
+    def argv(kind: str, uid: int) -> list[str]:
+        return Container(kind, "i", "cpu", "python3", MOUNTS).prefix("x", (uid, 5))
+
+    assert {"--user=1000:5", "--userns=keep-id"} <= set(argv("podman", 1000))
+    assert "--userns=keep-id" not in argv("podman", 0)
+    assert "--userns=keep-id" not in argv("docker", 1000)
 
 
 def test_rdma_needs_its_devices_and_locked_memory() -> None:
@@ -230,8 +254,10 @@ def test_killed_outright_nothing_goes_on_inside(box: Box) -> None:
 
 
 def test_docker_images_are_run_by_digest(tmp_path: Path) -> None:
-    """What is run is what is recorded."""
+    """What is run is what is recorded: the digest of the place that the image was asked from, by its whole
+    name, because podman takes no registry for granted."""
     box = Box(tmp_path)
     reference, image = docker_image(str(box.folder / "docker"), "a/b:c", "x86_64")
-    assert reference == f"a/b@{DIGEST}"
-    assert image["digest"] == DIGEST
+    assert reference == f"docker.io/a/b@{DIGEST}"
+    assert image == {"reference": "a/b:c", "digest": DIGEST, "arch": "x86_64"}
+    assert box.calls()[0] == ["pull", "--quiet", "docker.io/a/b:c"]

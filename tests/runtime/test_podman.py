@@ -1,0 +1,205 @@
+"""Launches by the real podman of this host: an image pulled by tag, from a registry, run by its digest."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from podman_host import PodmanHost
+
+from collectivex.runtime.containers import Container
+from collectivex.runtime.yamlfile import ROOT
+
+pytestmark = pytest.mark.podman
+
+POOL = """\
+schema: collectivex.sku.v1
+name: box
+title: one machine with podman
+vendor: cpu
+arch: null
+product: test
+gpus_per_node: 0
+scale_up: null
+scale_out: null
+limits: []
+mechanism: docker
+container: podman
+image: {image}
+env: {{GLOO_LOG_LEVEL: "ERROR"}}
+refuse: []
+"""
+SUITE = """\
+schema: collectivex.suite.v1
+name: faults
+description: cells that go wrong as their fault says, and one that does not
+runs: 1
+order: declared
+deadline_s: 6
+sampling: {warmup_iterations: 1, warmup_s: 0, trials: 1, iterations: 4, chain_blocks: 4, chain_block: 2}
+groups:
+"""
+GROUP = """\
+  - {family: moe, backends: [fake], workloads: [tiny], dtypes: [bf16], tokens: [%d], modes: [normal],
+     variants: [rank-sum], regimes: [fresh, chained], knobs: {latency_us: "dispatch=10,combine=20"%s}}
+"""
+FEW = ("--only", "all_reduce-4096B", "--only", "tiny-t1-bf16-uniform-normal")
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[PodmanHost]:
+    with tempfile.TemporaryDirectory(prefix="cx-podman-", ignore_cleanup_errors=True) as folder:
+        found = PodmanHost(Path(folder))
+        try:
+            yield found
+        finally:
+            found.close()
+
+
+class Box:
+    """A machine whose pool says podman."""
+
+    def __init__(self, host: PodmanHost, folder: Path):
+        self.folder, self.out = folder, folder / "out"
+        (folder / "box.yaml").write_text(POOL.format(image=host.image))
+        self.env = {**host.env, "CX_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+        self.env.pop("SLURM_JOB_ID", None)
+
+    def argv(self, *more: str) -> list[str]:
+        launcher = str(ROOT / "launchers" / "launch_local.sh")
+        return [launcher, "--sku", str(self.folder / "box.yaml"), "--out", str(self.out), *more]
+
+    def faulty(self, *faults: str) -> list[str]:
+        groups = [GROUP % (t, f", fault: {fault}" if fault else "") for t, fault in enumerate(faults, 1)]
+        (self.folder / "faults.yaml").write_text(SUITE + "".join(groups))
+        suite = str(self.folder / "faults.yaml")
+        return self.argv("--suite", suite, "--backend", "fake", "--ranks", "2")
+
+    def run(self, argv: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(argv, env=self.env, capture_output=True, text=True, check=False, timeout=180)
+
+    def records(self) -> list[dict]:
+        cells = json.loads((self.out / "manifest.json").read_text())["cells"]
+        return [json.loads((self.out / cell["file"]).read_text()) for cell in cells]
+
+    def left(self) -> list[str]:
+        """Processes whose command line names the output folder."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                text = path.read_bytes()
+            except OSError:
+                continue
+            if str(self.out).encode() in text:
+                found.append(text.decode(errors="replace").replace("\0", " "))
+        return found
+
+
+@pytest.fixture
+def box(host: PodmanHost, tmp_path: Path) -> Box:
+    return Box(host, tmp_path)
+
+
+def until(what: Callable[[], object], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not what() and time.monotonic() < end:
+        time.sleep(0.1)
+    return bool(what())
+
+
+def test_a_smoke_suite_in_a_real_container_ends_well(host: PodmanHost, box: Box) -> None:
+    """Two gloo ranks of the image's Python; exit code 0, the image's digest in every record, nothing left."""
+    done = box.run(box.argv("--suite", "smoke", "--backend", "torch_dist", "--ranks", "2", *FEW))
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = box.records()
+    assert len(records) >= 2
+    assert {record["status"] for record in records} == {"ok"}
+    image = {"reference": host.image, "digest": host.digest, "arch": "x86_64"}
+    assert all(record["provenance"]["image"] == image for record in records)
+    launcher = next(box.out.glob("logs/torch_dist.r0.0/launcher.log")).read_text()
+    assert f"/cx/python@{host.digest} python3 " in launcher
+    assert "Fatal" not in launcher, "the runner ends by itself, with stdin still open"
+    assert host.containers() == []
+    assert box.left() == []
+
+
+def test_torchrun_of_the_image_starts_the_ranks(host: PodmanHost, box: Box) -> None:
+    """`start` of the SKU counts in the container too; a dry run shows the same command."""
+    pool = box.folder / "box.yaml"
+    pool.write_text(pool.read_text() + "start: torchrun\n")
+    words = box.argv("--suite", "smoke", "--backend", "torch_dist", "--ranks", "2", *FEW[:2])
+    plan, done = box.run([*words, "--dry-run"]), box.run(words)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    launcher = next(box.out.glob("logs/torch_dist.r0.0/launcher.log")).read_text()
+    assert all("--local 2 --launcher torchrun" in text for text in (plan.stdout, launcher))
+    assert host.containers() == []
+    assert box.left() == []
+
+
+def test_a_crash_and_a_hang_in_a_real_container_are_told_apart(host: PodmanHost, box: Box) -> None:
+    """The exit codes of ranks and the stacks of hanging ones come out; the honest cell is measured."""
+    done = box.run(box.faulty("crash", "hang", ""))
+
+    crash, hang, honest = box.records()
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert (crash["status"], hang["status"], honest["status"]) == ("failed", "timeout", "ok"), done.stderr
+    assert "rank 1 killed by SIGSEGV" in crash["reason"]
+    assert all("File" in rank["stack"] for rank in hang["failure"]["ranks"])
+    assert host.containers() == []
+    assert box.left() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_goes_on_in_a_real_container_after_the_launch(
+    host: PodmanHost, box: Box, number: signal.Signals
+) -> None:
+    """Told to end, a launch ends its container and accounts for the cell; killed outright, its stdin ends."""
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(box.faulty("slow"), env=box.env, stdout=null, stderr=null)
+    assert until(lambda: list(box.out.glob("logs/fake.r0.0/rank1.beat.json")), 60)
+    process.send_signal(number)
+    code = process.wait(60)
+
+    assert until(lambda: not box.left(), 20), box.left()
+    assert until(lambda: not host.containers(), 20)
+    if number == signal.SIGTERM:
+        assert code == 1
+        assert [record["status"] for record in box.records()] == ["not-run"]
+
+
+def test_only_the_output_folder_is_writable(host: PodmanHost, tmp_path: Path) -> None:
+    """What a container writes there is ours; writing to the repository fails."""
+    out, code = tmp_path / "out", tmp_path / "code"
+    out.mkdir()
+    code.mkdir()
+    container = Container("podman", host.image, "cpu", "python3", {code: False, out: True})
+    prefix = container.prefix("cx-writes", (os.getuid(), os.getgid()))
+    program = "import sys; open(sys.argv[1] + '/file', 'w').write('x')"
+    told = [
+        subprocess.run([*prefix, "python3", "-c", program, str(folder)], env=host.env, capture_output=True)
+        for folder in (out, code)
+    ]
+    assert [done.returncode for done in told] == [0, 1]
+    assert b"Read-only file system" in told[1].stderr
+    assert (out / "file").stat().st_uid == os.getuid()
+
+
+def test_an_image_that_is_not_there_is_infra_with_podmans_words(host: PodmanHost, box: Box) -> None:
+    """No container is started, and every cell has a record."""
+    pool = box.folder / "box.yaml"
+    pool.write_text(pool.read_text().replace("cx/python:1", "cx/python:2"))
+    done = box.run(box.faulty("", ""))
+
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert {record["status"] for record in box.records()} == {"infra"}
+    assert "pulling" in box.records()[0]["reason"]
