@@ -65,9 +65,8 @@ def command(args: argparse.Namespace) -> int:
         print("interrupted: what was measured is kept; run again with --resume to go on", file=sys.stderr)
         execution.account(Status.NOT_RUN, "interrupted")
     except CollectiveXError as error:
-        with contextlib.suppress(
-            CollectiveXError
-        ):  # a full disk takes no more records; the first error counts
+        # a full disk takes no more records; the first error counts
+        with contextlib.suppress(CollectiveXError):
             execution.account(Status.NOT_RUN, f"stopped: {error.message}")
         raise
     return report(out)
