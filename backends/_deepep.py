@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..runtime.types import Case
+from ..runtime.types import Case, Moe
 from .base import MissingLibrary
 
 if TYPE_CHECKING:
@@ -49,6 +49,29 @@ def versions(package: Any, extension: str, pin: str) -> Mapping[str, str]:
 def one_node(case: Case) -> str | None:
     """These adapters drive the NVLink kernels; those over RDMA need NICs that nobody has tried them on."""
     return f"{case.backend} is driven on one node only" if case.nodes > 1 else None
+
+
+def kernel_limits(name: str, case: Case, shape: Moe) -> str | None:
+    """What the normal kernels of DeepEP and of what follows its API can take, whatever the row."""
+    if shape.topk > 32:
+        return f"{name} takes at most 32 experts a token, not {shape.topk}"
+    if shape.experts // case.ranks > 1024:
+        return f"{name} takes at most 1024 experts a rank, not {shape.experts // case.ranks}"
+    sms = dict(case.knobs).get("num_sms", 2)
+    if not isinstance(sms, int) or sms < 2 or sms % 2:
+        return f"{name} pairs SMs: num_sms must be even, not {sms}"
+    return None
+
+
+def ll_kernel_limits(name: str, case: Case, shape: Moe, hidden: Sequence[int], topk: int) -> str | None:
+    """The same for the low-latency kernels, compiled for some hidden sizes and up to `topk` experts."""
+    if case.knobs:
+        return f"{name} ll has no knobs; num_sms is one of its normal kernels"
+    if shape.hidden not in hidden:
+        return f"{name} ll is compiled for hidden {', '.join(map(str, hidden))}, not {shape.hidden}"
+    if shape.topk > topk:
+        return f"{name} ll takes at most {topk} experts a token, not {shape.topk}"
+    return None
 
 
 def capacity(tokens: int) -> int:

@@ -178,23 +178,13 @@ class Backend:
 def _normal_limits(case: Case, shape: Moe) -> str | None:
     if shape.hidden * (1 if shape.dtype == "fp8" else 2) % 32:
         return f"deepep_legacy moves rows in two halves of 16 bytes: hidden {shape.hidden} does not divide"
-    if shape.topk > 32:
-        return f"deepep_legacy takes at most 32 experts a token, not {shape.topk}"
-    if shape.experts // case.ranks > 1024:
-        return f"deepep_legacy takes at most 1024 experts a rank, not {shape.experts // case.ranks}"
-    sms = dict(case.knobs).get("num_sms", 2)
-    if not isinstance(sms, int) or sms < 2 or sms % 2:
-        return f"deepep_legacy pairs SMs: num_sms must be even, not {sms}"
-    return None
+    return _deepep.kernel_limits("deepep_legacy", case, shape)
 
 
 def _ll_limits(case: Case, shape: Moe) -> str | None:
-    if case.knobs:
-        return "deepep_legacy ll has no knobs; num_sms is one of its normal kernels"
-    if shape.hidden not in LL_HIDDEN:
-        return f"deepep_legacy ll is compiled for hidden {', '.join(map(str, LL_HIDDEN))}, not {shape.hidden}"
-    if shape.topk > LL_TOPK:
-        return f"deepep_legacy ll takes at most {LL_TOPK} experts a token, not {shape.topk}"
+    reason = _deepep.ll_kernel_limits("deepep_legacy", case, shape, LL_HIDDEN, LL_TOPK)
+    if reason is not None:
+        return reason
     if shape.tokens > LARGEST_LL:
         return f"deepep_legacy ll has slots for {LARGEST_LL} tokens a rank, not {shape.tokens}"
     if shape.dtype == "fp8" and shape.hidden % 512:

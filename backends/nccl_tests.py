@@ -172,11 +172,10 @@ def find(program: str, mpi: bool, environ: Mapping[str, str]) -> str:
     )
 
 
-def options(binary: str, environ: Mapping[str, str]) -> frozenset[str]:
-    """The option letters that this build offers, from its usage. Raises MissingLibrary where it cannot be
-    started, or is too old."""
+def asked(binary: str, environ: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """What a binary answers to -h. Raises MissingLibrary where it cannot be started."""
     try:
-        done = subprocess.run(
+        return subprocess.run(
             [binary, "-h"],
             env=dict(environ),
             stdin=subprocess.DEVNULL,
@@ -188,6 +187,12 @@ def options(binary: str, environ: Mapping[str, str]) -> frozenset[str]:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise MissingLibrary(f"{Path(binary).name} -h cannot be run: {error}") from error
+
+
+def options(binary: str, environ: Mapping[str, str]) -> frozenset[str]:
+    """The option letters that this build offers, from its usage. Raises MissingLibrary where it cannot be
+    started, or is too old."""
+    done = asked(binary, environ)
     offered = frozenset(re.findall(r"\[-(\w),--\w+", done.stdout))
     if not offered:
         said = (done.stderr or done.stdout).strip().splitlines()

@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from ..runtime.types import COLLECTIVE_OPS, Case, Collective, Status
 from . import _tests_verdict, base, nccl_tests
 from ._tests_output import Row, Unreadable, read_text, without_private
 from .base import Answer, Ended, Facts, MissingLibrary, Source, Start, Variant
-from .nccl_tests import ASK_TIMEOUT_S, DTYPES, NEEDED, PROGRAMS, UNCHECKED_IN_PLACE
+from .nccl_tests import DTYPES, NEEDED, PROGRAMS, UNCHECKED_IN_PLACE
 
 # What we mean by a letter. A binary whose usage calls it otherwise does not get it.
 MEANINGS = {
@@ -151,19 +150,7 @@ def find(program: str, environ: Mapping[str, str]) -> str:
 def ask(binary: str, environ: Mapping[str, str]) -> dict[str, str]:
     """Letter -> name of the options in this build's usage. Raises MissingLibrary for what cannot be started,
     is too old, or is nccl-tests: the binaries have the same names."""
-    try:
-        done = subprocess.run(
-            [binary, "-h"],
-            env=dict(environ),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=ASK_TIMEOUT_S,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise MissingLibrary(f"{Path(binary).name} -h cannot be run: {error}") from error
+    done = nccl_tests.asked(binary, environ)
     name, usage = Path(binary).name, named_options(done.stdout)
     if not usage:
         said = (done.stderr or done.stdout).strip().splitlines()

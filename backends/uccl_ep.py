@@ -233,23 +233,13 @@ def _normal_limits(case: Case, shape: Moe) -> str | None:
     if row // 2 + 8 > TMA_BYTES:
         where = f"{TMA_BYTES} bytes of shared memory"
         return f"uccl_ep stages half a row in {where}: hidden {shape.hidden} is too large"
-    if shape.topk > 32:
-        return f"uccl_ep takes at most 32 experts a token, not {shape.topk}"
-    if shape.experts // case.ranks > 1024:
-        return f"uccl_ep takes at most 1024 experts a rank, not {shape.experts // case.ranks}"
-    sms = dict(case.knobs).get("num_sms", 2)
-    if not isinstance(sms, int) or sms < 2 or sms % 2:
-        return f"uccl_ep pairs SMs: num_sms must be even, not {sms}"
-    return None
+    return _deepep.kernel_limits("uccl_ep", case, shape)
 
 
 def _ll_limits(case: Case, shape: Moe) -> str | None:
-    if case.knobs:
-        return "uccl_ep ll has no knobs; num_sms is one of its normal kernels"
-    if shape.hidden not in LL_HIDDEN:
-        return f"uccl_ep ll is compiled for hidden {', '.join(map(str, LL_HIDDEN))}, not {shape.hidden}"
-    if shape.topk > LL_TOPK:
-        return f"uccl_ep ll takes at most {LL_TOPK} experts a token, not {shape.topk}"
+    reason = _deepep.ll_kernel_limits("uccl_ep", case, shape, LL_HIDDEN, LL_TOPK)
+    if reason is not None:
+        return reason
     if shape.tokens > LARGEST_LL:
         return f"uccl_ep ll is given memory for {LARGEST_LL} tokens a rank, not {shape.tokens}"
     return None

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..backends.base import Facts, Recipe
 from . import environment, prepared, registry
@@ -51,7 +52,8 @@ def prepare(facts: Facts, recipe: Recipe, force: bool = False) -> Path:
     building.mkdir(parents=True)
     try:
         _install(facts, recipe, building)
-        _write_environment(facts, recipe, building, final)
+        said = json.dumps(_environment(facts, recipe, final), indent=1)
+        (building / prepared.FILE).write_text(said + "\n")
         _check(facts, recipe, building)
     except BaseException:
         _keep_log(building, final)
@@ -81,25 +83,20 @@ def _install(facts: Facts, recipe: Recipe, folder: Path) -> None:
     _step(facts, [*pip, "--no-build-isolation", str(source / recipe.subfolder)], folder, env)
 
 
-def _write_environment(facts: Facts, recipe: Recipe, building: Path, final: Path) -> None:
-    """What the ranks need, with the paths that the folder will have."""
-    prepend = {"PYTHONPATH": [str(final / "site")]}
+def _environment(facts: Facts, recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """What the ranks need when the library lies in `folder` (see prepared.py)."""
+    prepend = {"PYTHONPATH": [str(folder / "site")]}
     for name, entries in recipe.prepend.items():
-        prepend[name] = [*prepend.get(name, []), *(str(final / entry) for entry in entries)]
-    sets = {name: value.format(folder=final) for name, value in recipe.sets.items()}
-    text = json.dumps({"pin": facts.source.pin, "prepend": prepend, "set": sets}, indent=1)
-    (building / prepared.FILE).write_text(text + "\n")
+        prepend[name] = [*prepend.get(name, []), *(str(folder / entry) for entry in entries)]
+    sets = {name: value.format(folder=folder) for name, value in recipe.sets.items()}
+    return {"pin": facts.source.pin, "prepend": prepend, "set": sets}
 
 
 def _check(facts: Facts, recipe: Recipe, folder: Path) -> None:
     """What is loaded must come from this folder: a copy elsewhere on the path would be measured instead."""
+    env = prepared.merged(_environment(facts, recipe, folder))
     for module in recipe.modules:
         code = f"import sys, {module}; print(sys.modules[{module!r}].__file__)"
-        env = {"PYTHONPATH": str(folder / "site")}
-        for name, entries in recipe.prepend.items():
-            ours = [str(folder / entry) for entry in entries]
-            env[name] = os.pathsep.join([*filter(None, [env.get(name, "")]), *ours])
-        env |= {name: value.format(folder=folder) for name, value in recipe.sets.items()}
         found = _step(facts, [sys.executable, "-c", code], folder, env).strip().splitlines()
         if not found or not Path(found[-1]).resolve().is_relative_to(folder.resolve()):
             raise InfraError(

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from . import environment
 from .errors import UserError
@@ -32,13 +34,17 @@ def variables(backend: str) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        said = json.loads(path.read_text())
-        found = {str(name): str(value) for name, value in said.get("set", {}).items()}
-        for name, entries in said.get("prepend", {}).items():
-            inherited = environment.path_list(name)
-            found[name] = os.pathsep.join([*map(str, entries), *inherited])
+        found = merged(json.loads(path.read_text()))
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(
             f"cannot use {path}: {error}", f"`cx prepare --backend {backend}` makes it anew"
         ) from error
+    return found
+
+
+def merged(said: Mapping[str, Any]) -> dict[str, str]:
+    """The content of an environment.json as variables: its search paths before the inherited ones."""
+    found = {str(name): str(value) for name, value in said.get("set", {}).items()}
+    for name, entries in said.get("prepend", {}).items():
+        found[name] = os.pathsep.join([*map(str, entries), *environment.path_list(name)])
     return found
