@@ -97,8 +97,8 @@ FACTS = Facts(
     ),
     recipe=Recipe(
         packages=(f"nccl4py=={PIN}", "nvidia-nccl-cu13==2.30.7"),
-        prepend={"PYTHONPATH": (".",), "LD_LIBRARY_PATH": ("nvidia/nccl/lib",)},
-        sets={"NCCL_HOME": "{folder}/nvidia/nccl"},
+        prepend={"LD_LIBRARY_PATH": ("site/nvidia/nccl/lib",)},
+        sets={"NCCL_HOME": "{folder}/site/nvidia/nccl"},
         modules=("nccl.core", "nccl.ep"),
     ),
     validated="contract-only",
