@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -11,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import fault_cells
 import pytest
 
 from collectivex.runtime import environment
@@ -36,20 +36,6 @@ image: null
 env: {{GLOO_LOG_LEVEL: "ERROR"}}
 refuse: []
 """
-SUITE = """\
-schema: collectivex.suite.v1
-name: faults
-description: cells that go wrong as their fault says, and one that does not
-runs: 1
-order: declared
-deadline_s: 5
-sampling: {warmup_iterations: 1, warmup_s: 0, trials: 1, iterations: 4, chain_blocks: 4, chain_block: 2}
-groups:
-"""
-GROUP = """\
-  - {family: moe, backends: [fake], workloads: [tiny], dtypes: [bf16], tokens: [%d], modes: [normal],
-     variants: [rank-sum], regimes: [fresh, chained], knobs: {latency_us: "dispatch=10,combine=20"%s}}
-"""
 no_mpi = pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun is installed")
 STARTS = ["torchrun", pytest.param("mpi", marks=no_mpi)]
 FEW = ("--only", "all_reduce-4096B", "--only", "tiny-t1-bf16-uniform-normal")
@@ -72,28 +58,18 @@ class Box:
         return [sys.executable, "-m", "collectivex", *words, *more]
 
     def faulty(self, *faults: str) -> list[str]:
-        groups = [GROUP % (t, f", fault: {fault}" if fault else "") for t, fault in enumerate(faults, 1)]
-        (self.folder / "faults.yaml").write_text(SUITE + "".join(groups))
-        return self.argv("run", "--suite", str(self.folder / "faults.yaml"), "--backend", "fake")
+        return self.argv(
+            "run", "--suite", fault_cells.write_suite(self.folder, faults, 5), "--backend", "fake"
+        )
 
     def run(self, argv: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(argv, env=self.env, capture_output=True, text=True, check=False, timeout=180)
 
     def records(self) -> list[dict]:
-        cells = json.loads((self.out / "manifest.json").read_text())["cells"]
-        return [json.loads((self.out / cell["file"]).read_text()) for cell in cells]
+        return fault_cells.records(self.out)
 
     def left(self) -> list[str]:
-        """Processes whose command line names the output folder."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                text = path.read_bytes()
-            except OSError:
-                continue
-            if str(self.out).encode() in text:
-                found.append(text.decode(errors="replace").replace("\0", " "))
-        return found
+        return fault_cells.processes(self.out)
 
     def ends(self, seconds: float = 20) -> bool:
         until = time.monotonic() + seconds
