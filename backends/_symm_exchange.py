@@ -34,17 +34,21 @@ class Launch(NamedTuple):
         return {"PARTS": self.parts, "CHUNK": chunk, "TILE": 1 << (chunk - 1).bit_length()}
 
 
+# Both launches are the best of some forty that benchmarks/symm_mem_check.py tried on four H200 (132 SMs).
 def dispatch_launch(hidden: int, tokens: int) -> Launch:
-    """Whole rows as soon as there are enough of them: every program counts slots, and every one signals."""
+    """One program per SM at most, half a row each: every program counts slots, and every one signals.
+
+    A handful of tokens is spread wider, or most SMs would have nothing to do.
+    """
     least, most = -(-hidden // 8192), -(-hidden // 1024)
-    parts = max(least, min(most, 264 // tokens))
-    return Launch(max(1, min(tokens, 264 // parts)), parts, 8 if hidden > 1024 * parts else 4)
+    parts = max(least, min(2, most)) if tokens >= 16 else most
+    return Launch(max(1, min(tokens, 132 // parts)), parts, 8 if hidden > 1024 * parts else 4)
 
 
 def combine_launch(hidden: int, tokens: int) -> Launch:
-    """1024 columns a program: one 16-byte load per thread and rank, all of them in flight at once."""
-    parts = -(-hidden // 1024)
-    return Launch(max(1, min(tokens, 1056 // parts)), parts, 4)
+    """512 columns to one warp: two 16-byte loads per thread and rank, all of them in flight at once."""
+    parts = -(-hidden // 512)
+    return Launch(max(1, min(tokens, 1056 // parts)), parts, 1)
 
 
 class State(NamedTuple):

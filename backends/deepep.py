@@ -82,6 +82,7 @@ FACTS = Facts(
         for name, layout in _LAYOUTS.items()
     ),
     knobs=("num_sms",),
+    validated="hardware",
 )
 
 

@@ -109,6 +109,7 @@ FACTS = Facts(
         ),
     ),
     knobs=("num_sms_dispatch_api", "num_sms_combine_api"),
+    validated="hardware",
 )
 
 

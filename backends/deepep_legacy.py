@@ -89,6 +89,7 @@ FACTS = Facts(
         ),
     ),
     knobs=("num_sms",),
+    validated="hardware",
 )
 
 

@@ -75,6 +75,7 @@ FACTS = Facts(
         sets={"FLASHINFER_WORKSPACE_BASE": "{folder}", "FLASHINFER_DISABLE_VERSION_CHECK": "1"},
         modules=("flashinfer.comm",),
     ),
+    validated="hardware",
 )
 
 

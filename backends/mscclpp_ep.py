@@ -113,7 +113,7 @@ FACTS = Facts(
     ),
     env={"MSCCLPP_FORCE_DISABLE_NVLS": "1"},
     knobs=("num_blocks",),
-    validated="contract-only",
+    validated="hardware",
 )
 
 

@@ -101,7 +101,7 @@ FACTS = Facts(
         sets={"NCCL_HOME": "{folder}/site/nvidia/nccl"},
         modules=("nccl.core", "nccl.ep"),
     ),
-    validated="contract-only",
+    validated="hardware",
 )
 
 

@@ -60,6 +60,7 @@ FACTS = Facts(
     ),
     knobs=("sweep", "per_iteration", "mpi"),
     regimes=("loop",),
+    validated="hardware",
 )
 
 

@@ -96,6 +96,7 @@ FACTS = Facts(
         _exchange("cached", _CACHED),
         _exchange("low-latency", _DISPATCH),
     ),
+    validated="hardware",
 )
 
 

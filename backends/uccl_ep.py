@@ -97,6 +97,7 @@ FACTS = Facts(
         ),
     ),
     knobs=("num_sms",),
+    validated="hardware",
 )
 
 

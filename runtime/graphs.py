@@ -10,6 +10,7 @@ from .measure import Bench, Component, chained
 from .types import Series
 
 MARKER_CYCLES = 2_000_000  # about 1 ms at 2 GHz: long enough for the host to issue what follows
+UNCOUNTED = 2  # first iterations of each component: a profiler just started, another kernel just before
 MARKER_KERNEL = "spin_kernel"  # the kernel behind torch.cuda._sleep, on CUDA and HIP alike
 
 
@@ -62,18 +63,18 @@ def kernel_times(bench: Bench, components: Sequence[Component]) -> tuple[list[Se
     Each iteration is [prepare, marker, align, marker, component, marker, finish]; the markers are spin
     kernels. They cut the trace into windows; the second lets the host run ahead. A sample is the length of
     the union of the kernel intervals in a window, so that kernels that overlap are not counted twice.
+    One profiler run for all components: its start and its end take longer than what they measure.
     Returns the series and warnings (a profiler that lost activity gives none, and says so).
     """
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     began = time.perf_counter()
-    series, warnings = [], []
-    iterations = bench.sampling.kernel_iterations
-    for component in components:
-        bench.beat(f"kernel {component.name}", 0)
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            for _ in range(iterations + 2):
+    turns = bench.sampling.kernel_iterations + UNCOUNTED
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for component in components:
+            bench.beat(f"kernel {component.name}", 0)
+            for _ in range(turns):
                 bench.device.synchronize()
                 state = component.prepare()
                 torch.cuda._sleep(1)
@@ -82,20 +83,20 @@ def kernel_times(bench: Bench, components: Sequence[Component]) -> tuple[list[Se
                 result = component.run(state)
                 torch.cuda._sleep(1)
                 component.finish(result)
-            bench.device.synchronize()
-        intervals = [
-            (event.name, event.time_range.start, event.time_range.end)
-            for event in profiler.events() or ()
-            if event.device_type == torch.autograd.DeviceType.CUDA
-        ]
-        samples = busy_windows(intervals)[2:]  # the first two pay for the profiler's own start
-        complete = bench.ranks.all_gather(len(samples) == iterations)
-        if all(complete):
-            series.append(Series(component.name, "kernel", "max", samples))
-        else:
-            warnings.append(f"kernel {component.name}: the profiler lost activity; no kernel time")
+        bench.device.synchronize()
+    intervals = [
+        (event.name, event.time_range.start, event.time_range.end)
+        for event in profiler.events() or ()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    windows = busy_windows(intervals)
+    complete = all(bench.ranks.all_gather(len(windows) == turns * len(components)))
     bench.spent("measured_s", began)
-    return series, warnings
+    if not complete:
+        return [], ["the profiler lost activity; no kernel times"]
+    parts = [windows[at * turns + UNCOUNTED : (at + 1) * turns] for at in range(len(components))]
+    named = zip(components, parts, strict=True)
+    return [Series(component.name, "kernel", "max", samples) for component, samples in named], []
 
 
 def busy_windows(intervals: Sequence[tuple[str, float, float]]) -> list[float]:

@@ -20,7 +20,7 @@ from .stats import late_over_early, settled
 from .types import Reduction, Sampling, Series
 
 BLOCK_US = (
-    500.0  # a block lasts at least this long, so that its mark (some 5 us of the host's time) is 1 % of it
+    1000.0  # a block lasts at least this long, so that its mark (up to 11 us of the host's time) is 1 % of it
 )
 DROPPED_BLOCKS = 3  # of each chain: the pipeline fills, ranks fall into step
 WARMUP_BATCH = 8
