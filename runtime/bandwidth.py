@@ -207,6 +207,14 @@ def _remote(entry: Mapping[str, Any], part: str) -> int:
     return _logical(entry, part) - _sent(entry, part)["self"]
 
 
+def _scale_up(entry: Mapping[str, Any], part: str) -> int:
+    return _sent(entry, part)["scale_up"]
+
+
+def _scale_out(entry: Mapping[str, Any], part: str) -> int:
+    return entry["node_rows_sent"]["other"]
+
+
 def _received(entry: Mapping[str, Any], part: str) -> int:
     return sum(entry["rows_received"].values())
 
@@ -216,7 +224,8 @@ def _selections(entry: Mapping[str, Any], part: str) -> int:
 
 
 def _nccl_ep(entry: Mapping[str, Any], part: str, *, link: str, side: str) -> int:
-    """The token owner's side counts unique (token, node), the expert's side unique (token, rank)."""
+    """The token owner's side counts unique (token, domain), the expert's side unique (token, rank). Where
+    NVLink joins nodes their "node" is the NVLink domain (NCCL: the LSA team)."""
     if (side == "send") == (part == "dispatch"):
         total, rdma = sum(entry["node_rows_sent"].values()), entry["node_rows_sent"]["other"]
     else:
@@ -232,12 +241,12 @@ def _deepep_low_latency(document: Document, part: str) -> list[float]:
 
 def _nccl_ep_formulas() -> list[Formula]:
     said = {
-        "total_send": "unique (token, node) rows, own node included",
-        "nvl_send": "unique (token, node) rows to the own node",
-        "rdma_send": "unique (token, node) rows to other nodes",
+        "total_send": "unique (token, domain) rows, own domain included",
+        "nvl_send": "unique (token, domain) rows to the own domain",
+        "rdma_send": "unique (token, domain) rows to other domains",
         "total_recv": "unique (source token, rank) rows received, own included",
-        "nvl_recv": "unique (source token, rank) rows received from the own node, own included",
-        "rdma_recv": "unique (source token, rank) rows received from other nodes",
+        "nvl_recv": "unique (source token, rank) rows received from the own domain, own included",
+        "rdma_recv": "unique (source token, rank) rows received from other domains",
     }
     formulas = []
     for name, definition in said.items():
@@ -275,6 +284,21 @@ FORMULAS: Mapping[str, Formula] = {
             "Unique (token, rank) rows that the rank sends to other ranks.",
             "CollectiveX",
             _rows(_remote),
+        ),
+        Formula(
+            "scale_up",
+            "moe",
+            "Unique (token, rank) rows that the rank sends to other ranks of its scale-up domain.",
+            "CollectiveX",
+            _rows(_scale_up),
+        ),
+        Formula(
+            "scale_out",
+            "moe",
+            "Unique (token, domain) rows of the rank's tokens with other scale-up domains: what must cross "
+            "between domains, whoever forwards it there; both ways.",
+            "CollectiveX",
+            _rows(_scale_out),
         ),
         Formula(
             "wire",

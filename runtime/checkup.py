@@ -76,7 +76,17 @@ def health_lines(clocks: Sequence[dict[str, smi.Value]]) -> list[Line]:
             (r["temperature_c"] for r in clocks if isinstance(r["temperature_c"], (int, float))), default=None
         )
         heat = f", at most {hottest:g} C" if hottest is not None else ""
-        lines.append(Line("machine", "health", "ok", f"no GPU throttled, no uncorrected memory errors{heat}"))
+        untold = [
+            what
+            for what, name in (("throttling", "throttle"), ("memory errors", "ecc_uncorrected"))
+            if any(record.get(name) is None for record in clocks)
+        ]
+        if untold:
+            said = f"unknown: {' and '.join(untold)}{heat}"
+            lines.append(Line("machine", "health", "warn", said, "no tool or driver file here tells"))
+        else:
+            said = f"no GPU throttled, no uncorrected memory errors{heat}"
+            lines.append(Line("machine", "health", "ok", said))
     return lines
 
 

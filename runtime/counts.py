@@ -1,8 +1,9 @@
 """How many rows and selections go where: the counts from which every MoE bandwidth is derived.
 
 A selection is one valid (token, expert) pick; a row is one unique (token, destination rank) pair; a node row
-one unique (token, destination node) pair. Tiers as seen from a rank: self (the rank itself), scale_up
-(another rank of its node), scale_out (a rank of another node).
+one unique (token, destination scale-up domain) pair, for libraries that send a token once to where NVLink
+takes over and call that a node. Tiers as seen from a rank: self (the rank itself), scale_up (another rank of
+its domain, on whatever node), scale_out (a rank of another domain). See domains.py.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .ranks import node_of
 from .types import Moe
 
 if TYPE_CHECKING:
@@ -23,36 +23,40 @@ if TYPE_CHECKING:
 TIERS: tuple[str, ...] = ("self", "scale_up", "scale_out")
 
 
-def count(table: Experts, shape: Moe, ranks: int, ranks_per_node: int) -> list[dict[str, Any]]:
+def count(table: Experts, shape: Moe, domains: Sequence[int]) -> list[dict[str, Any]]:
     """One entry for each rank, in the form of bytes_moe.ranks of the result schema, for one dispatch.
 
-    table   a routing table, or its experts: per source rank [T_r, K] global expert ids (tensor or nested
-            lists), negative where there is no pick
+    table     a routing table, or its experts: per source rank [T_r, K] global expert ids (tensor or nested
+              lists), negative where there is no pick
+    domains   for each rank its scale-up domain, numbered from 0
     """
+    import torch
+
+    ranks, domain_of = len(domains), torch.tensor(domains)
     selections, rows, node_rows = [], [], []  # each a list over source ranks of counts per destination
     tokens = []
     for experts in _experts(table, shape.topk):
         tokens.append(len(experts))
         owner = experts.div(shape.experts // ranks, rounding_mode="floor")
-        nodes = owner.div(ranks_per_node, rounding_mode="floor")
+        targets = domain_of[owner.clamp(min=0)].where(owner >= 0, -1)
         selections.append(owner[owner >= 0].bincount(minlength=ranks).tolist())
         rows.append(_unique_per_token(owner, ranks))
-        node_rows.append(_unique_per_token(nodes, node_of(ranks - 1, ranks_per_node) + 1))
+        node_rows.append(_unique_per_token(targets, max(domains) + 1))
     if len(tokens) != ranks:
         raise ValueError(f"the routing is over {len(tokens)} ranks, not {ranks}")
 
     entries = []
     for rank in range(ranks):
-        own = node_rows[rank][node_of(rank, ranks_per_node)]
+        own = node_rows[rank][domains[rank]]
         received = [[source[rank] for source in matrix] for matrix in (rows, selections)]
         entries.append(
             {
                 "tokens": tokens[rank],
                 "selections": sum(selections[rank]),
-                "rows_sent": _by_tier(rows[rank], rank, ranks_per_node),
-                "rows_received": _by_tier(received[0], rank, ranks_per_node),
-                "selections_sent": _by_tier(selections[rank], rank, ranks_per_node),
-                "selections_received": _by_tier(received[1], rank, ranks_per_node),
+                "rows_sent": _by_tier(rows[rank], rank, domains),
+                "rows_received": _by_tier(received[0], rank, domains),
+                "selections_sent": _by_tier(selections[rank], rank, domains),
+                "selections_received": _by_tier(received[1], rank, domains),
                 "node_rows_sent": {"own": own, "other": sum(node_rows[rank]) - own},
             }
         )
@@ -100,12 +104,12 @@ def _unique_per_token(targets: torch.Tensor, size: int) -> list[int]:
     return seen[:, :size].sum(dim=0).tolist()
 
 
-def _by_tier(per_peer: Sequence[int], rank: int, ranks_per_node: int) -> dict[str, int]:
+def _by_tier(per_peer: Sequence[int], rank: int, domains: Sequence[int]) -> dict[str, int]:
     tiers = dict.fromkeys(TIERS, 0)
     for peer, n in enumerate(per_peer):
         if peer == rank:
             tiers["self"] += n
-        elif node_of(peer, ranks_per_node) == node_of(rank, ranks_per_node):
+        elif domains[peer] == domains[rank]:
             tiers["scale_up"] += n
         else:
             tiers["scale_out"] += n

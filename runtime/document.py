@@ -11,13 +11,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from . import domains
 from .stats import reduce_ranks, rounded, summarise
 from .types import CONTRACT, RESULT_SCHEMA, Case, Cell, Check, Series, Status, case_to_json, comparison_key
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where and under what name a cell runs: everything about it that is not the case itself."""
+    """Where and under what name a cell runs: everything about it that is not the case itself.
+
+    nodes_per_domain   how many nodes the pool says share a scale-up domain; None where it says nothing
+    domains            for each rank its scale-up domain, once the ranks are up; None: what the pool says
+    domains_source     who says so, see domains.placed
+    """
 
     execution: str
     allocation: str
@@ -27,6 +33,16 @@ class Place:
     runs: int = 1
     order: str = "declared"
     limits: tuple[Mapping[str, Any], ...] = ()
+    nodes_per_domain: int | None = None
+    domains: tuple[int, ...] | None = None
+    domains_source: str | None = None
+
+    def placement(self, case: Case) -> dict[str, Any]:
+        """The result's `placement`."""
+        if self.domains is not None:
+            return {"domains": list(self.domains), "source": self.domains_source}
+        told, source = domains.placed(case.ranks, case.nodes, self.nodes_per_domain, [None] * case.ranks)
+        return {"domains": told, "source": source}
 
 
 @dataclass
@@ -71,6 +87,7 @@ def empty(
             "created_at": now(),
         },
         "case": case_to_json(case),
+        "placement": place.placement(case),
         "status": str(status),
         "reason": reason,
         "measurements": [],
@@ -105,7 +122,7 @@ def _backend(case: Case, facts: Any) -> dict[str, Any]:
         "casts": exchange.casts if exchange else None,
         "paired": variant is not None and variant.paired,
         "graph_safe": variant is not None and variant.graph_safe,
-        "validated": facts.validated if facts is not None else "contract-only",
+        "validated": facts.proven(variant) if facts is not None else "contract-only",
         "window": dict(variant.window) if variant is not None else {},
     }
 

@@ -11,6 +11,7 @@ import csv
 import json
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from .smi import number
 
 # What slows a GPU for a reason that is not its own work. A power cap under load is normal.
 THROTTLED = {bit: name for bit, name in smi.THROTTLE.items() if name in smi.SLOWED and name != "power-cap"}
+NORMAL = ("power-cap",)
 USED_GIB = 2.0  # above this, somebody else's work is still there
 _NVIDIA = ("index", "name", "memory.used", "memory.total", "clocks_event_reasons.active")
 
@@ -58,7 +60,7 @@ def command(args: argparse.Namespace) -> int:
 
 def report(vendor: str, execute: Run = run) -> dict[str, Any]:
     """What this node has: {"node", "vendor", "gpus", "cores", "error"}, where a GPU is {"index", "name",
-    "used_bytes", "throttle"}."""
+    "used_bytes", "throttle"}; "throttle" has what holds it back, None where nobody can tell."""
     found: dict[str, Any] = {"node": socket.gethostname().partition(".")[0], "vendor": vendor}
     found |= {"gpus": [], "error": None, "cores": os.cpu_count()}
     if vendor == "nvidia":
@@ -75,9 +77,24 @@ def report(vendor: str, execute: Run = run) -> dict[str, Any]:
         found["error"] = done.said if done.code else None
         if done.code == 127:  # an image without the tool: the kernel still says which GPUs are there
             names = enumerate(machine().gpus)
-            found["gpus"] = [{"index": i, "name": g, "used_bytes": None, "throttle": []} for i, g in names]
+            found["gpus"] = [{"index": i, "name": g, "used_bytes": None, "throttle": None} for i, g in names]
             found["error"] = None
+        held = amd_throttle(execute)
+        if len(held) == len(found["gpus"]):
+            for gpu, reasons in zip(found["gpus"], held, strict=True):
+                gpu["throttle"] = reasons
     return found
+
+
+def amd_throttle(execute: Run) -> list[list[str] | None]:
+    """What holds each GPU back, as smi.amd_violations; empty where no tool tells. rocm-smi does not: it has
+    the driver's older throttle_status, which is always 0 on an MI300 (amdgpu, smu_v13_0_6_ppt.c)."""
+    for option in ("--violation", "--throttle"):  # the newer name, and ROCm 6.3's
+        done = execute(["amd-smi", "metric", option, "--json"], timeout_s=60)
+        held = smi.amd_violations(done.out) if done.code == 0 else []
+        if held:
+            return [None if of is None else [word for word in of if word not in NORMAL] for of in held]
+    return []
 
 
 def nvidia_gpus(text: str) -> list[dict[str, Any]]:
@@ -87,20 +104,20 @@ def nvidia_gpus(text: str) -> list[dict[str, Any]]:
         if len(row) != len(_NVIDIA):
             continue
         used, bits = number(row[2]), row[4].strip()
-        active = int(bits, 16) if bits.startswith("0x") else 0
+        active = int(bits, 16) if bits.startswith("0x") else None
         gpus.append(
             {
                 "index": number(row[0]),
                 "name": row[1].strip(),
                 "used_bytes": None if used is None else int(used * 2**20),
-                "throttle": [name for bit, name in THROTTLED.items() if active & bit],
+                "throttle": None if active is None else [n for bit, n in THROTTLED.items() if active & bit],
             }
         )
     return gpus
 
 
 def amd_gpus(text: str) -> list[dict[str, Any]]:
-    """GPUs out of rocm-smi's JSON, which says nothing dependable of throttling."""
+    """GPUs out of rocm-smi's JSON, which says nothing dependable of throttling: see amd_throttle."""
     start = text.find("{")
     try:
         cards = json.loads(text[start:]) if start >= 0 else {}
@@ -111,7 +128,7 @@ def amd_gpus(text: str) -> list[dict[str, Any]]:
         card = cards[name]
         used = number(str(card.get("VRAM Total Used Memory (B)")))
         model = str(card.get("Card Series") or card.get("Card series") or "AMD GPU")
-        gpus.append({"index": int(name[4:]), "name": model, "used_bytes": used, "throttle": []})
+        gpus.append({"index": int(name[4:]), "name": model, "used_bytes": used, "throttle": None})
     return gpus
 
 
@@ -136,9 +153,22 @@ def judge(found: dict[str, Any], wanted: Wanted) -> list[str]:
     return said
 
 
+def untold(reports: Sequence[dict[str, Any]]) -> str | None:
+    """Of which GPUs nobody could say whether they are held back, in a sentence; None when it is known of all.
+    It is no reason to stop, and not the same as being fit."""
+    gpus = [gpu for found in reports for gpu in found["gpus"]]
+    unknown = sum(gpu["throttle"] is None for gpu in gpus)
+    if not unknown:
+        return None
+    return f"whether {unknown} of {len(gpus)} GPUs are throttled is unknown: no tool here tells"
+
+
 def check(folder: Path, nodes: int, wanted: Wanted, when: str) -> None:
-    """Judge the reports in a folder. Raises Unhealthy, with the names of the bad nodes."""
+    """Judge the reports in a folder. Raises Unhealthy, with the names of the bad nodes. What cannot be judged
+    is said on stderr."""
     reports = [json.loads(path.read_text()) for path in sorted(folder.glob("[!.]*.json"))]
+    if remark := untold(reports):
+        print(f"note: {when} measuring: {remark}", file=sys.stderr)
     problems, bad = [], []
     if len(reports) != nodes:
         problems.append(f"{len(reports)} of {nodes} nodes answered the health check")

@@ -1,4 +1,4 @@
-"""Clocks, temperature, power and health of NVIDIA GPUs from NVML, the library that nvidia-smi asks itself.
+"""Clocks, temperature, power, health and fabric of NVIDIA GPUs from NVML, the library that nvidia-smi asks.
 
 A reading takes about a millisecond, so it stands right beside the measurement; starting nvidia-smi takes
 hundreds, in which a GPU already slows down again. Standard library only.
@@ -17,6 +17,18 @@ _CLOCK_SM, _CLOCK_MEM = 1, 2
 _TEMPERATURE_GPU = 0
 _CORRECTED, _UNCORRECTED = 0, 1
 _VOLATILE = 0
+_FABRIC_COMPLETED = 3
+
+
+class _FabricInfo(ctypes.Structure):
+    """nvmlGpuFabricInfo_t, of drivers from 535 on."""
+
+    _fields_ = (
+        ("cluster_uuid", ctypes.c_ubyte * 16),
+        ("status", ctypes.c_int),
+        ("clique", ctypes.c_uint),
+        ("state", ctypes.c_ubyte),
+    )
 
 
 @lru_cache(maxsize=1)
@@ -47,6 +59,23 @@ def clocks(uuid: str | None = None) -> list[dict[str, Value]] | None:
         if library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle)) == 0:
             found.append(_record(library, handle, index))
     return found
+
+
+def fabric(uuid: str) -> str | None:
+    """What GPUs that reach each other over NVLink from other nodes have in common: the UUID of their NVLink
+    cluster and their clique in it. None where the fabric ends at the node (no cluster), is not up, or cannot
+    be asked for. It names a machine: compare it, publish it nowhere."""
+    library = _library()
+    handle, info = ctypes.c_void_p(), _FabricInfo()
+    if library is None or library.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle)) != 0:
+        return None
+    try:
+        status = library.nvmlDeviceGetGpuFabricInfo(handle, ctypes.byref(info))
+    except AttributeError:  # an older driver
+        return None
+    if status != 0 or info.status != 0 or info.state != _FABRIC_COMPLETED or not any(info.cluster_uuid):
+        return None
+    return f"{bytes(info.cluster_uuid).hex()}.{info.clique}"
 
 
 def _record(library: Any, handle: ctypes.c_void_p, index: int) -> dict[str, Value]:

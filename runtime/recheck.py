@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import schemas
+from . import domains, schemas
 from .environment import private
 from .redact import Private, Redactor
 from .stats import reduce_ranks, summarise
@@ -34,6 +34,7 @@ def result(document: Document, folder: Path) -> Iterator[str]:
     """Everything about one result that can be worked out from it and from its sidecar under `folder`."""
     case = case_from_json(document["case"])
     yield from _identity(document, case)
+    yield from _placement(document, case)
     yield from _measurements(document, case)
     yield from _verdicts(document)
     yield from _bytes(document, case)
@@ -50,6 +51,16 @@ def _identity(document: Document, case: Case) -> Iterator[str]:
             yield f"identity.{name}: its case gives {value}, not {identity[name]}"
     if identity["run"] >= design["runs"]:
         yield f"identity.run: run {identity['run']} of {design['runs']} (counted from 0)"
+
+
+def _placement(document: Document, case: Case) -> Iterator[str]:
+    """One domain per rank, and the ranks of a node in one."""
+    told = domains.of_result(document)
+    per_node = case.ranks // case.nodes
+    if len(told) != case.ranks:
+        yield f"placement.domains: {len(told)} entries for {case.ranks} ranks"
+    elif any(len(set(told[first : first + per_node])) > 1 for first in range(0, case.ranks, per_node)):
+        yield f"placement.domains: a node of {per_node} ranks lies in several"
 
 
 def _measurements(document: Document, case: Case) -> Iterator[str]:
@@ -105,6 +116,9 @@ def _bytes(document: Document, case: Case) -> Iterator[str]:
     ranks = block["ranks"]
     if len(ranks) != case.ranks:
         yield f"bytes.ranks: {len(ranks)} entries for {case.ranks} ranks"
+    away = sum(rank["rows_sent"]["scale_out"] + rank["node_rows_sent"]["other"] for rank in ranks)
+    if away and len(set(domains.of_result(document))) == 1:
+        yield f"bytes.ranks: {away} rows to other scale-up domains, where there is one"
     for what in ("rows", "selections"):
         for tier in ("self", "scale_up", "scale_out"):
             sent = sum(rank[f"{what}_sent"][tier] for rank in ranks)
@@ -141,7 +155,7 @@ def _samples(document: Document, case: Case, folder: Path) -> Iterator[str]:
     if reference["file"] != f"samples/{reference['sha256']}.json.gz":
         yield f"samples.file: {reference['file']} is not named by {reference['sha256']}"
         return
-    sidecar, problem = _unpack(folder / reference["file"], reference["sha256"])
+    sidecar, problem = unpack(folder / reference["file"], reference["sha256"])
     if sidecar is None:
         yield f"{reference['file']}: {problem}"
         return
@@ -159,7 +173,7 @@ def _samples(document: Document, case: Case, folder: Path) -> Iterator[str]:
         yield from (f"{reference['file']}: {r} {c} is in no measurement" for c, r in series)
 
 
-def _unpack(path: Path, sha256: str) -> tuple[Document | None, str]:
+def unpack(path: Path, sha256: str) -> tuple[Document | None, str]:
     """A valid sidecar, or None and why not."""
     try:
         data = path.read_bytes()

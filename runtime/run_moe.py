@@ -45,7 +45,7 @@ def measure_moe(session: Session, case: Case, shape: Moe) -> Outcome:
         outcome.realised = dict(exchange.realised)
         Run(session, case, bench, variant, problem, exchange, outcome).all()
         wire = ranks.all_gather(dict(exchange.wire))
-        per_rank = counts.count(table, shape, ranks.size, ranks.ranks_per_node)
+        per_rank = counts.count(table, shape, session.place.placement(case)["domains"])
         outcome.bytes = moe_bytes(shape, per_rank, wire if all(wire) else None)
     finally:
         exchange.close()

@@ -90,23 +90,36 @@ class Sku:
 
     @property
     def topology_class(self) -> str:
-        """What decides which numbers may be compared: product, scale-up, GPUs x nodes ("h200-nvlink4-4x1").
+        """What decides which numbers may be compared: product, scale-up, GPUs x nodes ("h200-nvlink4-4x1"),
+        and of several scale-up domains the network ("h200-nvlink4-8x2-infiniband-ndr").
 
         On CPUs the cores stand for the GPUs where they are known: "amd-epyc-cpu-2x1". A link that nobody
-        declared is "unstated".
+        declared is "unstated". Where domains span nodes and are several: "gb200-nvl72-4x36-2domains".
         """
         link = "cpu" if self.vendor == "cpu" else self.scale_up.kind if self.scale_up else "unstated"
-        return f"{self.product}-{link}-{self.gpus_per_node or self.cores or ''}x{self.nodes}"
+        name = f"{self.product}-{link}-{self.gpus_per_node or self.cores or ''}x{self.nodes}"
+        domains = -(-self.nodes // (self.nodes_per_domain or 1))
+        if 1 < domains < self.nodes:
+            name += f"-{domains}domains"
+        return f"{name}-{self.scale_out.kind}" if domains > 1 and self.scale_out else name
+
+    @property
+    def nodes_per_domain(self) -> int | None:
+        """Nodes that share a scale-up domain: 18 trays of 4 GPUs are one of 72. None where nobody says."""
+        if self.scale_up is None or not self.gpus_per_node:
+            return None
+        return max(1, self.scale_up.domain // self.gpus_per_node)
 
     def all_limits(self) -> list[dict[str, Any]]:
-        """The ceilings of this pool in the form of the result's `limits`, links first."""
-        links = [("scale_up", self.scale_up), ("scale_out", self.scale_out)]
-        found = [
-            {"name": name, "GBps": link.GBps, "source": link.source, "kind": "datasheet"}
-            for name, link in links
-            if link is not None
-        ]
-        return [*found, *map(dict, self.limits)]
+        """The ceilings of this pool in the form of the result's `limits`, in one direction: scale_up and what
+        the file adds of a GPU, scale_out of a node with all its NICs."""
+        found: list[dict[str, Any]] = []
+        if self.scale_up is not None:
+            found.append({"name": "scale_up", "GBps": self.scale_up.GBps, "source": self.scale_up.source})
+        if self.scale_out is not None:
+            rate = self.scale_out.nics * self.scale_out.GBps
+            found.append({"name": "scale_out", "GBps": rate, "source": self.scale_out.source})
+        return [*({**limit, "kind": "datasheet"} for limit in found), *map(dict, self.limits)]
 
     def at(self, nodes: int) -> Sku:
         """This pool with `nodes` nodes in use. Raises UserError where one node is all there is."""

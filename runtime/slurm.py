@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .commands import Run, must, run
+from .environment import without_ranks
 from .errors import InfraError, UserError
 from .sku import Sku
 
@@ -221,8 +222,6 @@ def header(sku: Sku) -> list[str]:
 
 def environment(job: str, nodes: int, env: Mapping[str, str]) -> dict[str, str]:
     """What a step of `job` inherits: ours, without what another job or launcher says of ranks."""
-    stale = re.compile(r"SLURM_|SBATCH_|SALLOC_|PMI_|PMIX_|OMPI_|MPI_LOCAL")
-    ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    kept = {n: v for n, v in env.items() if not stale.match(n) and n not in ranks}
+    kept = without_ranks(env)
     conf = {n: env[n] for n in ("SLURM_CONF",) if n in env}
     return {**kept, **conf, "SLURM_JOB_ID": job, "SLURM_JOB_NUM_NODES": str(nodes)}

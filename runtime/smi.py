@@ -30,6 +30,17 @@ THROTTLE = {
 # These make a number slow for a reason outside the library; idling and a chosen clock do not.
 SLOWED = ("power-cap", "hw-slowdown", "sw-thermal", "hw-thermal", "hw-power-brake")
 
+# What `amd-smi metric` says of GPUs from MI300 on, as <name>_violation_status (AMD SMI documentation, "GPU
+# violations"). Its further fields, such as low_utilization, are ACTIVE on an idle GPU and left out.
+AMD_THROTTLE = {
+    "prochot": "prochot",
+    "ppt": "power-cap",
+    "socket_thermal": "socket-thermal",
+    "vr_thermal": "vr-thermal",
+    "hbm_thermal": "hbm-thermal",
+    "gfx_clk_below_host_limit_thermal": "gfx-thermal",
+}
+
 GPU_FIELDS = ("name", "memory.total", "compute_cap")
 CLOCK_FIELDS = (
     ("index", "gpu"),
@@ -233,6 +244,33 @@ def amd_gpus(text: str) -> list[dict[str, Value]]:
             }
         )
     return found
+
+
+def amd_violations(text: str) -> list[list[str] | None]:
+    """For each GPU what holds it back now, out of `amd-smi metric --throttle --json` (ROCm 6.3; --violation
+    from 7.0): a list, in newer versions under "gpu_data". None for a GPU of which the tool says nothing: one
+    of them is older. A status is a word or, by partition and die, words in lists in a dictionary."""
+    document = _json(text)
+    records = document.get("gpu_data") if isinstance(document, dict) else document
+    found: list[list[str] | None] = []
+    for record in records if isinstance(records, list) else ():
+        told = record.get("throttle") if isinstance(record, dict) else None
+        fields = told if isinstance(told, dict) else {}
+        states = {
+            word: _states(fields.get(f"{name}_violation_status")) for name, word in AMD_THROTTLE.items()
+        }
+        known = any(state & {"ACTIVE", "NOT ACTIVE"} for state in states.values())
+        found.append([word for word, state in states.items() if "ACTIVE" in state] if known else None)
+    return found
+
+
+def _states(value: Any) -> set[str]:
+    """Every word in a value, however deep."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return set().union(*map(_states, value)) if value else set()
+    return {value} if isinstance(value, str) else set()
 
 
 def slowed(clocks: Sequence[dict[str, Value]], when: str) -> list[str]:

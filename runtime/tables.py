@@ -244,9 +244,9 @@ def _join(entry: Entry, rows: Sequence[Row], percentile: str, limit: Limit | Non
 
 
 def wire_limit(record: Record) -> Limit | None:
-    """The limit of the links that carry the traffic: scale-up within a node. Across nodes the traffic is on
-    two kinds of link and no single limit holds."""
-    if record.case is None or record.case.nodes > 1:
+    """The limit of the links that carry the traffic: scale-up within a domain, also where that spans nodes.
+    Across domains the traffic is on two kinds of link and no single limit holds."""
+    if record.case is None or record.domains > 1:
         return None
     up = [limit for limit in record.limits if limit.name.replace("_", "-") == "scale-up" and limit.GBps > 0]
     return min(up, key=lambda limit: limit.GBps) if up else None

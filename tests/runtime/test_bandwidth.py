@@ -34,7 +34,7 @@ def moe(dtype: str = "bf16", wire: list[dict[str, int]] | None = None) -> dict[s
     8 experts, two a rank. Rank 0 sends to ranks 0 1 3 and 2; rank 1 to 1; rank 2 and rank 3 have no tokens.
     """
     shape = Moe("w", 256, topk=3, experts=8, tokens=2, dtype=dtype)
-    entries = counts.count([[[0, 2, 7], [4, 5, -1]], [[2, 3, -1]], [], []], shape, 4, 2)
+    entries = counts.count([[[0, 2, 7], [4, 5, -1]], [[2, 3, -1]], [], []], shape, [0, 0, 1, 1])
     return {"case": {"ranks": 4, "shape": asdict(shape)}, "bytes": bandwidth.moe_bytes(shape, entries, wire)}
 
 
@@ -156,6 +156,9 @@ def test_row_bytes_of_dispatch_follow_the_type_and_of_combine_are_always_bf16(
         # sent in dispatch: rank 0 to ranks 0 1 3 and 2, rank 1 to itself; combine sends what was received
         ("logical", [4, 1, 0, 0], [1, 2, 1, 1]),
         ("remote", [3, 0, 0, 0], [0, 1, 1, 1]),
+        # rank 0 to rank 1, then back; its tokens need the other domain once each, whichever way
+        ("scale_up", [1, 0, 0, 0], [0, 1, 0, 0]),
+        ("scale_out", [2, 0, 0, 0], [2, 0, 0, 0]),
         ("deepep_normal", [1, 2, 1, 1], [1, 2, 1, 1]),
         ("per_selection", [5, 2, 0, 0], [5, 2, 0, 0]),
         # nodes: rank 0's first token goes to both nodes, its second to the other; rank 1's stays
@@ -196,7 +199,7 @@ def test_deepep_low_latency_adds_sixteen_bytes_to_fp8_rows_only() -> None:
 def test_deepep_low_latency_reproduces_the_published_anchor() -> None:
     """DeepEP's README, EP8 on H800, 128 tokens: fp8 dispatch 77 us 98 GB/s, combine 114 us 127 GB/s."""
     shape = Moe("deepseek-v3", 7168, 8, 256, 128, "fp8")
-    entries = counts.count(routing.build(shape, 8), shape, 8, 8)
+    entries = counts.count(routing.build(shape, 8), shape, [0] * 8)
     document = {"case": {"ranks": 8, "shape": asdict(shape)}, "bytes": bandwidth.moe_bytes(shape, entries)}
 
     # Their routing masks some picks at random (about 1 %), hence the tolerance.
@@ -208,7 +211,7 @@ def test_deepep_low_latency_reproduces_the_published_anchor() -> None:
 def test_per_selection_over_logical_is_the_known_factor(ranks: int, factor: float) -> None:
     """K / E[D] for K 8 of 256 uniform: why a low-latency GB/s and a normal one cannot be compared."""
     shape = Moe("deepseek-v3", 7168, 8, 256, 8192 // ranks)
-    entries = counts.count(routing.build(shape, ranks), shape, ranks, ranks)
+    entries = counts.count(routing.build(shape, ranks), shape, [0] * ranks)
     document = {
         "case": {"ranks": ranks, "shape": asdict(shape)},
         "bytes": bandwidth.moe_bytes(shape, entries),

@@ -169,3 +169,10 @@ def test_an_unusable_loopback_is_said_in_the_systems_words(monkeypatch):
     monkeypatch.setattr(socket, "socket", Refused)
 
     assert checkup.loopback_trouble() == "Operation not permitted"
+
+
+def test_what_no_tool_tells_is_not_called_well() -> None:
+    """amdgpu's files know neither throttling nor memory errors: unknown is a warning, not an ok."""
+    record = {"gpu": 0, "temperature_c": 41, "throttle": None}
+    (line,) = checkup.health_lines([record])
+    assert (line.state, line.value) == ("warn", "unknown: throttling and memory errors, at most 41 C")

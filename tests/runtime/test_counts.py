@@ -25,7 +25,7 @@ PICKS = [
 
 def test_counts_of_a_small_routing_are_those_counted_by_hand() -> None:
     """Selections, unique rows and unique node rows of four ranks on two nodes, worked out on paper."""
-    found = counts.count(PICKS, SHAPE, ranks=4, ranks_per_node=2)
+    found = counts.count(PICKS, SHAPE, [0, 0, 1, 1])
 
     none = {"self": 0, "scale_up": 0, "scale_out": 0}
     assert found == [
@@ -68,6 +68,20 @@ def test_counts_of_a_small_routing_are_those_counted_by_hand() -> None:
     ]
 
 
+def test_traffic_between_trays_of_one_nvlink_domain_is_scale_up() -> None:
+    """The same routing where NVLink joins both nodes: what went to the other node is scale-up now, nothing is
+    scale-out, and a token goes to one domain at most: two rows of rank 0, two of rank 1."""
+    found = counts.count(PICKS, SHAPE, [0, 0, 0, 0])
+
+    assert [entry["rows_sent"] for entry in found[:2]] == [
+        {"self": 1, "scale_up": 3, "scale_out": 0},
+        {"self": 2, "scale_up": 2, "scale_out": 0},
+    ]
+    assert [entry["rows_received"]["scale_up"] for entry in found] == [1, 1, 1, 2]
+    assert [entry["selections_sent"]["scale_up"] for entry in found] == [4, 2, 0, 0]
+    assert [entry["node_rows_sent"] for entry in found[:2]] == [{"own": 2, "other": 0}] * 2
+
+
 def test_the_summary_of_a_small_routing_is_the_one_counted_by_hand() -> None:
     """5 tokens on 2 + 2 + 2 + 2 + 0 ranks; 11 picks on 8 experts, of which 0, 2 and 3 are picked twice."""
     assert counts.summary(PICKS, SHAPE, 4) == {
@@ -78,16 +92,16 @@ def test_the_summary_of_a_small_routing_is_the_one_counted_by_hand() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    node=st.sampled_from([(1, 1), (2, 1), (4, 2), (4, 4), (6, 4)]),
+    domains=st.sampled_from([[0], [0, 1], [0, 0, 1, 1], [0] * 4, [0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0]]),
     local=st.integers(1, 3),
     tokens=st.integers(0, 6),
     data=st.data(),
 )
 def test_counts_equal_a_brute_force_count(
-    node: tuple[int, int], local: int, tokens: int, data: st.DataObject
+    domains: list[int], local: int, tokens: int, data: st.DataObject
 ) -> None:
-    """Random picks with gaps, counted pair by pair with sets; the last node may have fewer ranks."""
-    ranks, ranks_per_node = node
+    """Random picks with gaps, counted pair by pair with sets; domains may differ in size and be scattered."""
+    ranks = len(domains)
     shape = Moe("w", 64, data.draw(st.integers(1, 5)), ranks * local, tokens)
     row = st.lists(st.integers(-1, shape.experts - 1), min_size=shape.topk, max_size=shape.topk)
     picks = data.draw(st.lists(st.lists(row, max_size=tokens), min_size=ranks, max_size=ranks))
@@ -95,7 +109,7 @@ def test_counts_equal_a_brute_force_count(
     def tier(a: int, b: int) -> str:
         if a == b:
             return "self"
-        return "scale_up" if a // ranks_per_node == b // ranks_per_node else "scale_out"
+        return "scale_up" if domains[a] == domains[b] else "scale_out"
 
     chosen = {
         (s, t, k, e // local)
@@ -105,8 +119,8 @@ def test_counts_equal_a_brute_force_count(
         if e >= 0
     }
     rows = {(s, t, d) for s, t, _, d in chosen}
-    nodes = {(s, t, d // ranks_per_node) for s, t, _, d in chosen}
-    for rank, entry in enumerate(counts.count(picks, shape, ranks, ranks_per_node)):
+    nodes = {(s, t, domains[d]) for s, t, _, d in chosen}
+    for rank, entry in enumerate(counts.count(picks, shape, domains)):
         assert entry["tokens"] == len(picks[rank])
         assert entry["selections"] == sum(c[0] == rank for c in chosen)
         for name in counts.TIERS:
@@ -118,7 +132,7 @@ def test_counts_equal_a_brute_force_count(
             assert entry["selections_received"][name] == sum(
                 d == rank and tier(s, d) == name for s, _, _, d in chosen
             )
-        own = rank // ranks_per_node
+        own = domains[rank]
         assert entry["node_rows_sent"]["own"] == sum(s == rank and n == own for s, _, n in nodes)
         assert entry["node_rows_sent"]["other"] == sum(s == rank and n != own for s, _, n in nodes)
 
@@ -129,9 +143,9 @@ def test_a_routing_table_counts_like_its_lists_and_fits_the_schema(spread: str) 
     shape = Moe("w", 256, 4, 16, 9, routing=Routing("zipf", 1.0, spread=spread))
     table = routing.build(shape, 4)
 
-    found = counts.count(table, shape, 4, 2)
+    found = counts.count(table, shape, [0, 0, 1, 1])
 
-    assert found == counts.count([e.tolist() for e in table.experts], shape, 4, 2)
+    assert found == counts.count([e.tolist() for e in table.experts], shape, [0, 0, 1, 1])
     assert counts.summary(table, shape, 4) == counts.summary([e.tolist() for e in table.experts], shape, 4)
     schema = {"$ref": "#/$defs/bytes_moe", "$defs": SCHEMA["$defs"]}
     jsonschema_rs.validator_for(schema).validate(moe_bytes(shape, found))
@@ -142,11 +156,11 @@ def test_a_routing_without_tokens_has_zero_counts_and_summary() -> None:
     shape = Moe("w", 64, 2, 8, 0)
     table = routing.build(shape, 4)
 
-    assert all(entry["tokens"] == entry["selections"] == 0 for entry in counts.count(table, shape, 4, 4))
+    assert all(entry["tokens"] == entry["selections"] == 0 for entry in counts.count(table, shape, [0] * 4))
     assert counts.summary(table, shape, 4) == {"mean_distinct_ranks": 0.0, "expert_load_max_over_mean": 0.0}
 
 
 def test_a_routing_over_other_ranks_is_refused() -> None:
     """Counts of a table that was built for another number of ranks would be silently wrong."""
     with pytest.raises(ValueError, match="over 4 ranks, not 2"):
-        counts.count(PICKS, SHAPE, ranks=2, ranks_per_node=2)
+        counts.count(PICKS, SHAPE, [0, 0])

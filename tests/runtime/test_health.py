@@ -12,6 +12,7 @@ from collectivex.runtime import health
 from collectivex.runtime.commands import Done
 from collectivex.runtime.health import Unhealthy, Wanted
 
+MACHINE = Path(__file__).resolve().parents[1] / "fixtures/machine"
 IDLE = "0x0000000000000001"
 TWO = f"0, NVIDIA H200, 5, 143771, {IDLE}\n1, NVIDIA H200, 5, 143771, {IDLE}\n"
 WANTED = Wanted("nvidia", 2, "h200")
@@ -74,6 +75,74 @@ def test_amd_memory_counts_too() -> None:
     text = "WARNING: x\n" + json.dumps({"card0": card})
     found = {"node": "n1", "gpus": health.amd_gpus(text), "error": None}
     assert health.judge(found, Wanted("amd", 1, "mi300x")) == ["GPU 0 has 32.0 GiB of its memory in use"]
+
+
+CARDS = json.dumps({f"card{i}": {"Card Series": "AMD Instinct MI300X"} for i in range(2)})
+
+
+def amd(option: str, violations: str) -> Any:
+    """A node whose amd-smi knows only this option of `metric`."""
+
+    def execute(argv: list[str], **more: Any) -> Done:
+        if argv[0] == "rocm-smi":
+            return Done(0, CARDS)
+        if option not in argv:
+            return Done(2, err=f"amd-smi metric: error: unrecognized arguments: {argv[2]}")
+        return Done(0, (MACHINE / violations).read_text())
+
+    return execute
+
+
+@pytest.mark.parametrize("option", ["--throttle", "--violation"])
+def test_a_hot_amd_gpu_is_held_back(option: str) -> None:
+    """By ROCm 6.3's option and by 7.0's. Its power cap is its own work, its temperature is not."""
+    found = health.report("amd", amd(option, "amd-smi-throttle-63.json"))
+    assert [gpu["throttle"] for gpu in found["gpus"]] == [[], ["socket-thermal"]]
+    assert health.judge(found, Wanted("amd", 2)) == ["GPU 1 is held back: socket-thermal"]
+    assert health.untold([found]) is None
+
+
+@pytest.mark.parametrize(
+    "execute",
+    [
+        amd("--nothing", "amd-smi-throttle-63.json"),  # an older amd-smi
+        amd("--violation", "amd-smi-throttle-na.json"),  # an older GPU
+        amd("--violation", "rocm-smi-failed.txt"),  # it ends well and says nothing
+        lambda argv, **more: Done(0, CARDS) if argv[0] == "rocm-smi" else Done(127),
+        lambda argv, **more: (
+            Done(0, json.dumps({"card0": {}, "card1": {}, "card2": {}}))
+            if argv[0] == "rocm-smi"
+            else Done(0, (MACHINE / "amd-smi-throttle-63.json").read_text())
+        ),  # the two tools see different GPUs
+    ],
+    ids=["older tool", "older gpu", "empty", "no tool", "other gpus"],
+)
+def test_an_amd_tool_that_does_not_tell_leaves_it_unknown(execute: Any) -> None:
+    """Unknown is not fine: it is said, though nothing is stopped for it."""
+    found = health.report("amd", execute)
+    assert [gpu["throttle"] for gpu in found["gpus"]] == [None] * len(found["gpus"])
+    count = len(found["gpus"])
+    assert health.judge(found, Wanted("amd", 2)) == []
+    assert (
+        health.untold([found])
+        == f"whether {count} of {count} GPUs are throttled is unknown: no tool here tells"
+    )
+
+
+def test_an_nvidia_gpu_that_hides_its_reasons_is_unknown_too() -> None:
+    """Some virtual machines answer [N/A]."""
+    found = seen(TWO.replace(IDLE, "[N/A]", 1))
+    assert [gpu["throttle"] for gpu in found["gpus"]] == [None, []]
+    assert health.untold([found]) == "whether 1 of 2 GPUs are throttled is unknown: no tool here tells"
+
+
+def test_what_is_unknown_is_said_before_measuring(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On stderr, once for all nodes, without their names."""
+    (tmp_path / "n1.json").write_text(json.dumps(seen(TWO.replace(IDLE, "[N/A]"))))
+    health.check(tmp_path, 1, WANTED, "before")
+    assert capsys.readouterr().err == (
+        "note: before measuring: whether 2 of 2 GPUs are throttled is unknown: no tool here tells\n"
+    )
 
 
 def test_a_node_that_does_not_answer_is_a_fault(tmp_path: Path) -> None:

@@ -26,6 +26,16 @@ class Nvml:
         handle._obj.value = 1 + found[0] if found else None
         return 0 if found else 6  # NVML_ERROR_NOT_FOUND
 
+    def nvmlDeviceGetGpuFabricInfo(self, handle, info):
+        assert ctypes.sizeof(info._obj) == 28  # nvmlGpuFabricInfo_t: 16 + 4 + 4 + 1, padded to 4
+        told = self.gpus[handle.value - 1].get("fabric")
+        if told is None:
+            return 3  # NVML_ERROR_NOT_SUPPORTED
+        cluster, clique, state, status = told
+        ctypes.memmove(info, cluster, 16)
+        info._obj.clique, info._obj.state, info._obj.status = clique, state, status
+        return 0
+
     def __getitem__(self, name):
         def call(handle, *arguments):
             *which, out = arguments
@@ -106,3 +116,36 @@ def test_without_the_library_there_is_no_answer(monkeypatch):
     nvml._library.cache_clear()
     assert nvml.clocks() is None
     nvml._library.cache_clear()
+
+
+CLUSTER = bytes(range(16))
+
+
+@pytest.mark.parametrize(
+    ("told", "identity"),
+    [
+        ((CLUSTER, 32766, 3, 0), "000102030405060708090a0b0c0d0e0f.32766"),
+        ((bytes(16), 0, 3, 0), None),  # HGX boards: up, but no cluster beyond the node
+        ((CLUSTER, 1, 2, 0), None),  # registration in progress
+        ((CLUSTER, 1, 3, 999), None),  # ended with an error
+        (None, None),  # no fabric at all
+    ],
+)
+def test_a_fabric_is_its_cluster_and_clique_once_it_is_up(two, told, identity):
+    """States and fields of nvmlGpuFabricInfo_t; NCCL takes an all-zero cluster for none as well."""
+    two.gpus[1]["fabric"] = told
+    assert nvml.fabric("GPU-b") == identity
+    assert nvml.fabric("GPU-c") is None
+
+
+def test_an_older_driver_has_no_fabric_to_ask_for(monkeypatch):
+    """The function came with driver 535; a missing symbol is an AttributeError of ctypes."""
+
+    class Older:
+        def nvmlDeviceGetHandleByUUID(self, uuid, handle):
+            return 0
+
+    monkeypatch.setattr(nvml, "_library", Older)
+    assert nvml.fabric("GPU-a") is None
+    monkeypatch.setattr(nvml, "_library", lambda: None)
+    assert nvml.fabric("GPU-a") is None

@@ -59,9 +59,12 @@ def test_local_is_the_gpus_where_there_are_some() -> None:
 
 
 def test_a_class_says_product_link_and_gpus_by_nodes(tmp_path: Path) -> None:
-    """The pools of one product differ in class by their link and size, and by nothing measured."""
+    """The pools of one product differ in class by their links and size, and by nothing measured. On one node
+    the network says nothing."""
     assert sku.load_sku("h200x4-nvlink").topology_class == "h200-nvlink4-4x1"
-    assert load(tmp_path, pool()).at(2).topology_class == "h200-nvlink4-8x2"
+    assert load(tmp_path, pool()).topology_class == "h200-nvlink4-8x1"
+    assert load(tmp_path, pool()).at(2).topology_class == "h200-nvlink4-8x2-infiniband"
+    assert load(tmp_path, pool(scale_out=None)).at(2).topology_class == "h200-nvlink4-8x2"
 
 
 def test_ranks_default_to_one_per_gpu_of_every_node(tmp_path: Path) -> None:
@@ -76,10 +79,69 @@ def test_limits_are_the_links_then_what_the_file_adds(tmp_path: Path) -> None:
     assert names == ["scale_up", "scale_out", "hbm"]
 
 
+def test_a_node_with_all_its_nics_is_the_limit_of_the_network(tmp_path: Path) -> None:
+    """8 NICs of 50 GB/s are 400 GB/s of a node, however many ranks share them; a link's limit is a GPU's."""
+    up, out = load(tmp_path, pool()).all_limits()
+    assert (up["GBps"], out["GBps"]) == (450, 400)
+
+
+def test_trays_of_one_nvlink_domain_are_one_domain() -> None:
+    """72 GPUs at 4 a tray are 18 trays; a board of 8 is one node; a link nobody declared says nothing."""
+    assert sku.load_sku("gb200-nv").nodes_per_domain == 18
+    assert sku.load_sku("gb300-nv").nodes_per_domain == 18
+    assert sku.load_sku("b200-dgxc-slurm").nodes_per_domain == 1
+    assert sku.load_sku("local", SERVER).nodes_per_domain is None
+
+
+def test_nodes_of_several_racks_are_another_class(tmp_path: Path) -> None:
+    """Two trays of one rack and 36 of two measure different wires."""
+    rack = {"kind": "nvl72", "domain": 72, "links": 18, "GBps": 900, "source": "datasheet"}
+    loaded = load(tmp_path, pool(product="gb200", gpus_per_node=4, scale_up=rack))
+    assert loaded.at(2).topology_class == "gb200-nvl72-4x2"
+    assert loaded.at(18).topology_class == "gb200-nvl72-4x18"
+    assert loaded.at(36).topology_class == "gb200-nvl72-4x36-2domains-infiniband"
+
+
 def test_a_machine_without_scheduler_has_one_node() -> None:
     """Processes are started here and nowhere else."""
     with pytest.raises(UserError, match="'h200x4-nvlink' starts processes on one machine, not on 2 nodes"):
         sku.load_sku("h200x4-nvlink").at(2)
+
+
+# What a limit's source says where the number comes from others than its vendor.
+UNREAD = "the datasheet itself was not read"
+PUBLIC = ("docs.nvidia.com", "nvidia.com", "rocm.blogs.amd.com", "github.com/", "MLPerf")
+
+
+@pytest.mark.parametrize("name", sku.names())
+def test_every_limit_says_where_it_was_read_or_that_it_was_not(name: str) -> None:
+    """A number from memory under the name of a datasheet is a claim that nobody has checked."""
+    for limit in sku.load_sku(name, SERVER).all_limits():
+        assert UNREAD in limit["source"] or any(place in limit["source"] for place in PUBLIC), limit
+
+
+@pytest.mark.parametrize(
+    ("name", "per_link"),
+    [("h100-dgxc", 25), ("h200-dgxc", 25), ("b200-dgxc", 50), ("b200-dgxc-slurm", 50), ("b300", 50)]
+    + [("gb200-nv", 50), ("gb300-nv", 50), ("mi300x-amds", 64), ("mi325x-amds", 64), ("mi355x-amds", 76.8)],
+)
+def test_a_scale_up_limit_is_its_links(name: str, per_link: float) -> None:
+    """GB/s each way of NVLink 4 and 5 (18 links) and of Infinity Fabric (a link to each of seven peers)."""
+    link = sku.load_sku(name).scale_up
+    assert link is not None
+    assert link.GBps == pytest.approx(link.links * per_link)
+    assert link.links == (7 if name.startswith("mi") else 18)
+
+
+@pytest.mark.parametrize(
+    ("name", "nodes", "rate"), [("h100-dgxc", 2, 400), ("h200-dgxc", 2, 400), ("b200-dgxc-slurm", 8, 400)]
+)
+def test_pools_with_a_stated_network_have_several_nodes(name: str, nodes: int, rate: float) -> None:
+    """3.2 Tb/s a node in all three: 16 ports of 200 Gb/s or 8 of 400. One node more is refused."""
+    loaded = sku.load_sku(name).at(nodes)
+    assert {x["name"]: x["GBps"] for x in loaded.all_limits()}["scale_out"] == rate
+    with pytest.raises(UserError, match=f"jobs of at most {nodes} nodes"):
+        loaded.at(nodes + 1)
 
 
 @pytest.mark.parametrize("name", ["h200x2-nvlink", "h200x4-nvlink"])

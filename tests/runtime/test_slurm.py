@@ -9,8 +9,10 @@ import pytest
 
 from collectivex.runtime import allocation, slurm
 from collectivex.runtime.commands import Done
+from collectivex.runtime.environment import without_ranks
 from collectivex.runtime.errors import InfraError, UserError
 from collectivex.runtime.sku import load_sku
+from collectivex.runtime.started import MPI_ENDED
 
 DISABLED = Done(1, err="Slurm accounting storage is disabled\n")
 GONE = Done(1, err="slurm_load_jobs error: Invalid job id specified\n")
@@ -167,6 +169,27 @@ def test_what_another_job_says_of_ranks_is_not_inherited() -> None:
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NUM_NODES": "2",
     }
+
+
+def test_parameters_of_open_mpi_are_no_rank() -> None:
+    """A site sets OMPI_MCA_* for its network; what mpirun tells its ranks is another matter."""
+    env = {"OMPI_MCA_btl": "tcp,self", "OMPI_COMM_WORLD_RANK": "3", "PMI_RANK": "3", "PMIX_NAMESPACE": "x"}
+    assert without_ranks(env) == {"OMPI_MCA_btl": "tcp,self"}
+
+
+# What srun printed when rank 3 of four ended without MPI_Finalize (Slurm 22.05, PMIx 4, two nodes).
+PMIX = """\
+slurmstepd-n2: error:  mpi/pmix_v4: _errhandler: n2 [1]: pmixp_client_v2.c:211: Error handler invoked
+srun: Job step aborted: Waiting up to 5 seconds for job step to finish.
+slurmstepd-n1: error: *** STEP 3.0 ON n1 CANCELLED AT 2026-11-20T12:07:33 ***
+srun: error: n2: tasks 2-3: Killed
+"""
+
+
+def test_a_step_that_mpi_ended_is_told_from_one_that_somebody_cancelled() -> None:
+    """The first is the program's fault, the second the machine's."""
+    assert MPI_ENDED.search(PMIX)
+    assert not MPI_ENDED.search(PMIX.partition("\n")[2])
 
 
 def test_an_allocation_is_compared_with_the_plan() -> None:

@@ -1,5 +1,6 @@
 """What the vendors' tools print, whole, cut short and failing."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,14 @@ FAILURES = (
     "rocm-smi-failed.txt",
     "rocm-smi-truncated.json",
 )
-PARSERS = (smi.nvidia_gpus, smi.nvidia_clocks, smi.nvlink_status, smi.rocm_gpus, smi.amd_gpus)
+PARSERS = (
+    smi.nvidia_gpus,
+    smi.nvidia_clocks,
+    smi.nvlink_status,
+    smi.rocm_gpus,
+    smi.amd_gpus,
+    smi.amd_violations,
+)
 
 
 def test_gpus_come_out_of_the_query():
@@ -205,6 +213,36 @@ def test_amd_smi_names_the_gpus(name):
     }
 
     assert smi.amd_gpus(text(name)) == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("amd-smi-throttle-63.json", [[], ["power-cap", "socket-thermal"]]),
+        # an idle MI300 has low_utilization and total_gfx_clk_below_host_limit ACTIVE: no reason
+        ("amd-smi-throttle-70.json", [[], ["gfx-thermal"]]),
+        ("amd-smi-throttle-na.json", [None, None]),  # the tool knows the fields, the GPU does not fill them
+        ("amd-smi-static.json", [None, None]),  # GPUs without the field
+    ],
+)
+def test_amd_smi_says_what_holds_a_gpu_back(name, expected):
+    """The generations of its JSON; sources in fixtures/machine/README.md. Silence is unknown, not fine."""
+    assert smi.amd_violations(text(name)) == expected
+
+
+@pytest.mark.parametrize("word", list(smi.AMD_THROTTLE))
+def test_each_violation_of_amd_has_its_word(word):
+    """One status at a time, among others that are not active."""
+    told = {f"{name}_violation_status": "NOT ACTIVE" for name in smi.AMD_THROTTLE}
+    told[f"{word}_violation_status"] = "ACTIVE"
+    found = smi.amd_violations(json.dumps([{"gpu": 0, "throttle": told}]))
+    assert found == [[smi.AMD_THROTTLE[word]]]
+
+
+def test_one_known_status_makes_a_gpu_known():
+    """Newer fields are N/A on older chips; what is told counts."""
+    told = {"prochot_violation_status": "NOT ACTIVE", "hbm_thermal_violation_status": "N/A"}
+    assert smi.amd_violations(json.dumps([{"gpu": 0, "throttle": told}])) == [[]]
 
 
 def test_rocm_smi_tells_the_links():

@@ -183,6 +183,13 @@ def test_across_nodes_no_single_limit_holds() -> None:
     assert (table.limits, table.lines[0].entries[0].share) == ([], None)
 
 
+def test_across_nodes_of_one_nvlink_domain_the_scale_up_limit_holds() -> None:
+    """All traffic is on one kind of link, whatever the number of nodes."""
+    placement = {"domains": [0, 0, 0, 0], "source": "nvml"}
+    table = fresh([result(replace(A, nodes=2), placement=placement)])
+    assert table.lines[0].entries[0].limit is not None
+
+
 def test_only_the_scale_up_limit_is_a_limit_of_the_wires() -> None:
     """A memory bandwidth among the limits does not become the denominator."""
     hbm = {"name": "hbm", "GBps": 4800.0, "kind": "datasheet", "source": "x"}
