@@ -82,6 +82,9 @@ def judge(sweep: Sweep, ended: Ended) -> dict[Case, Answer]:
     report = read_text(ended.stdout)
     if ended.timed_out is not None or not report.complete:
         return _broken(sweep, report, ended)
+    if sweep.processes > 1 and (report.tables > 1 or report.ranks == sweep.ranks // sweep.processes):
+        told = f"{sweep.program} was built without MPI: each process ran alone; build it with MPI=1"
+        return sweep.all(Status.FAILED, told)
     rows, warnings, problem = _rows(sweep, report, ended)
     if problem is None:
         problem = _other_than_asked(sweep, report) or _contradiction(sweep, report, rows, ended.returncode)

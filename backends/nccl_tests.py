@@ -7,6 +7,7 @@ quotes. Its loop is not one of our regimes (docs/decisions/0004-external-program
                    over n; with MPI the slowest process (-a 3). One sample a cycle (-N).
   call_iteration   from a second process, where the program offers it (-I, 2.19.2): the time between CUDA
                    events around each call, the slowest GPU's. Apart, so that the events cost `call` nothing.
+                   On one node only: over several, a step of the scheduler is one MPI program.
 
 One process covers a sweep of sizes of one operation and dtype, and both placements, as its users run it. Its
 buffers rotate through the allocation of the largest size, which stands in every record
@@ -30,7 +31,7 @@ from ..runtime import environment
 from ..runtime.types import COLLECTIVE_OPS, DTYPE_BYTES, Case, Collective
 from . import _tests_verdict, base
 from ._tests_output import Unreadable, rows_in, without_private
-from .base import Answer, Ended, Facts, MissingLibrary, Source, Start, Variant
+from .base import Answer, Ended, Facts, MissingLibrary, Recipe, Source, Start, Variant
 
 ASK_TIMEOUT_S = 60.0
 # What a run cannot do without: their absence means a build older than 2.13.4, whose table is another one.
@@ -52,6 +53,24 @@ FACTS = Facts(
         "https://github.com/NVIDIA/nccl-tests",
         "v2.19.6",
         "the first that can leave iterations out of -I's summary; outputs from 2.13.4 on are understood",
+    ),
+    # Built with the NCCL that torch loads, which is the one that everything else is measured with.
+    recipe=Recipe(
+        git="https://github.com/NVIDIA/nccl-tests",
+        commit="a0b82b2260cf",
+        links={"nccl/include": "{ccl_include}", "nccl/lib/libnccl.so": "{ccl}"},
+        needs=("git", "make", "nvcc"),
+        headers=("cuda_runtime.h",),
+        steps=(
+            (
+                *("make", "-C", "src", "-j{jobs}", "BUILDDIR={folder}/source/build", "CUDA_HOME={cuda}"),
+                *("NCCL_HOME={folder}/nccl", "CXX={cxx}"),
+                "NVCC_GENCODE=-gencode=arch=compute_{sm},code=sm_{sm}",
+            ),
+        ),
+        keep={"bin": "build/*_perf"},
+        prepend={"PATH": ("bin",), "LD_LIBRARY_PATH": ("{ccl_folder}",)},
+        programs=("bin/all_reduce_perf",),
     ),
     devices=("cuda",),
     variants=tuple(
@@ -83,7 +102,7 @@ class Backend:
         for name, value in case.knobs:
             if value not in (0, 1):
                 return f"nccl_tests has the knob {name!r} as 0 or 1, not {value!r}"
-        return None
+        return not_on_several(case)
 
     def groups(self, cases: Sequence[Case]) -> list[list[Case]]:
         """Cases of one operation, dtype and sampling whose sizes are a geometric series, by rising size."""
@@ -107,8 +126,9 @@ class Backend:
         mpi = first.nodes > 1 or knobs.get("mpi") == 1
         binary = find(PROGRAMS[shape.op], mpi, environ)
         offered = options(binary, environ)
-        loops = [0, 1] if "I" in offered and knobs.get("per_iteration", 1) == 1 else [0]
-        extra = _extra(folder, mpi, environ)
+        each_too = "I" in offered and knobs.get("per_iteration", 1) == 1 and first.nodes == 1
+        loops = [0, 1] if each_too else [0]
+        extra = added(folder, mpi, environ)
         found = []
         for each in loops:
             name = f"{shape.op}-{shape.dtype}-{shape.bytes}{'-each' if each else ''}"
@@ -137,6 +157,18 @@ def _shape(case: Case) -> Collective:
     return case.shape
 
 
+def not_on_several(case: Case) -> str | None:
+    """What a start on several nodes cannot do: it is one process of an MPI program, which has one start."""
+    asked = dict(case.knobs)
+    if case.nodes > 1 and asked.get("mpi") == 0:
+        return f"{case.backend} is an MPI program on several nodes: it has no mpi=0 there"
+    if case.nodes > 1 and asked.get("per_iteration") == 1:
+        return (
+            f"{case.backend} runs one process for each GPU on several nodes: no second one for per_iteration"
+        )
+    return None
+
+
 def geometric(sizes: Sequence[int]) -> list[list[int]]:
     """Rising sizes cut into the fewest series that one -b -e -f each can sweep, taken greedily."""
     found: list[list[int]] = []
@@ -157,12 +189,12 @@ def least_bytes(op: str, dtype: str, ranks: int) -> int:
 
 
 def find(program: str, mpi: bool, environ: Mapping[str, str]) -> str:
-    """Path of a binary. Builds with NAME_SUFFIX=_mpi are preferred under MPI, and do without it too. Raises
-    MissingLibrary."""
+    """Path of a binary. Builds with NAME_SUFFIX=_mpi are preferred under MPI, wherever they are, and do
+    without it too. Raises MissingLibrary."""
     names = [program, f"{program}_mpi"]
     prepared = environment.libraries_dir(environ) / "nccl_tests" / "bin"
-    for folder in (str(prepared), environ.get("PATH", "")):
-        for name in reversed(names) if mpi else names:
+    for name in reversed(names) if mpi else names:
+        for folder in (str(prepared), environ.get("PATH", "")):
             path = shutil.which(name, path=folder)
             if path is not None:
                 return path
@@ -255,29 +287,18 @@ def arguments(
 
 
 def launcher(case: Case, mpi: bool, environ: Mapping[str, str]) -> list[str]:
-    """What starts one process per GPU: srun inside a Slurm job, else Open MPI's mpirun; nothing without MPI.
-    mpirun hands on only what it is told to: every NCCL setting, NVLS off among them."""
-    if not mpi:
+    """What starts one process per GPU: Open MPI's mpirun on one node. Nothing without MPI, and nothing on
+    several nodes, where srun has started us once for each. mpirun hands on only what it is told to: every
+    NCCL setting, NVLS off among them."""
+    if not mpi or case.nodes > 1:
         return []
-    per_node = case.ranks // case.nodes
-    if environment.inside_allocation(environ):
-        nodes = ["--nodes", str(case.nodes), "--ntasks-per-node", str(per_node)]
-        return ["srun", "--mpi=pmix", "--ntasks", str(case.ranks), *nodes]
     handed = [n for n in sorted(environ) if n.startswith("NCCL_") or n in ("LD_LIBRARY_PATH", "PATH")]
     exports = [word for name in handed for word in ("-x", name)]
-    return [
-        "mpirun",
-        "-np",
-        str(case.ranks),
-        "--map-by",
-        f"ppr:{per_node}:node",
-        "--bind-to",
-        "none",
-        *exports,
-    ]
+    argv = ["mpirun", "-np", str(case.ranks), "--map-by", f"ppr:{case.ranks}:node", "--bind-to", "none"]
+    return [*argv, *exports]
 
 
-def _extra(folder: str, mpi: bool, environ: Mapping[str, str]) -> dict[str, str]:
+def added(folder: str, mpi: bool, environ: Mapping[str, str]) -> dict[str, str]:
     """Debug output that somebody asked for goes to files of its own, not between the rows."""
     extra = {}
     if "NCCL_DEBUG" in environ and "NCCL_DEBUG_FILE" not in environ:

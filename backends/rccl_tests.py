@@ -85,7 +85,7 @@ class Backend(nccl_tests.Backend):
         for name, value in case.knobs:
             if value not in (0, 1):
                 return f"rccl_tests has the knob {name!r} as 0 or 1, not {value!r}"
-        return None
+        return nccl_tests.not_on_several(case)
 
     def starts(self, cases: Sequence[Case], folder: str, environ: Mapping[str, str]) -> list[Start]:
         first = cases[0]
@@ -97,7 +97,8 @@ class Backend(nccl_tests.Backend):
         name = f"{shape.op}-{shape.dtype}-{shape.bytes}"
         words, output = told(usage, str(Path(folder) / f"{name}.json"))
         letters = frozenset(letter for letter, meaning in MEANINGS.items() if usage.get(letter) == meaning)
-        argv = [*nccl_tests.launcher(first, mpi, environ), binary]
+        extra = nccl_tests.added(folder, mpi, environ)
+        argv = [*nccl_tests.launcher(first, mpi, {**environ, **extra}), binary]
         argv += nccl_tests.arguments(cases, letters - {"J"}, 0, mpi, None)
         argv += [
             w
@@ -105,7 +106,6 @@ class Backend(nccl_tests.Backend):
             if usage.get(letter) == n
             for w in (f"-{letter}", str(value))
         ]
-        extra = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if mpi else {}
         return [Start(name, tuple(cases), (*argv, *words), extra, output)]
 
     def answers(self, start: Start, ended: Ended) -> dict[Case, Answer]:

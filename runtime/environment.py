@@ -155,15 +155,16 @@ def child_environment(
     rank: RankEnvironment | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """The environment of a process we start: ours, then `extra`, then the variables of its rank.
+    """The environment of a process we start: ours, then `extra`, then the variables of its rank. A search
+    path in `extra` may have an entry `$NAME`, its own name: what it is here, in a container the image's.
 
     One multicast switch turned off here means that this machine must not use multicast: the child then has
     all four off. Raises UserError when `extra`, or another variable of ours, would turn one on.
     """
     env = os.environ if environ is None else environ
-    child = {**env, **extra, **(rank.variables() if rank else {})}
-    settings = multicast_settings(env)
-    off = [name for name, state in settings.items() if state == "off"]
+    ours = {name: _with_inherited(name, value, env) for name, value in extra.items()}
+    child = {**env, **ours, **(rank.variables() if rank else {})}
+    off = [name for name, state in multicast_settings(env).items() if state == "off"]
     if off:
         for name, state in multicast_settings(child).items():
             if state == "on":
@@ -175,10 +176,49 @@ def child_environment(
     return child
 
 
+def for_elsewhere(extra: Mapping[str, str], environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """`extra` for a process that may not inherit our environment, as in a container: with the multicast
+    switches off where one of ours is. Raises UserError like `child_environment`."""
+    child_environment(extra, environ=environ)
+    off = "off" in multicast_settings(environ).values()
+    return {**extra, **(MULTICAST_OFF if off else {})}
+
+
+_LAUNCHED = re.compile(r"SLURM_|SBATCH_|SALLOC_|PMI_|PMIX_|OMPI_(?!MCA_)|MPI_LOCAL")
+_RANK_NAMES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+
+def without_ranks(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Our environment without what launchers and schedulers say of ranks, jobs and steps."""
+    env = os.environ if environ is None else environ
+    return {n: v for n, v in env.items() if not _LAUNCHED.match(n) and n not in _RANK_NAMES}
+
+
+def _with_inherited(name: str, value: str, env: Mapping[str, str]) -> str:
+    if f"${name}" not in value.split(os.pathsep):
+        return value
+    entries = (path_list(name, env) if entry == f"${name}" else [entry] for entry in value.split(os.pathsep))
+    return os.pathsep.join(entry for some in entries for entry in some)
+
+
+def cuda_home(environ: Mapping[str, str] | None = None) -> Path | None:
+    """The toolkit that $CUDA_HOME names."""
+    env = os.environ if environ is None else environ
+    return Path(env["CUDA_HOME"]) if env.get("CUDA_HOME") else None
+
+
+def build_jobs(environ: Mapping[str, str] | None = None) -> int:
+    """How many compilers may run at once: $MAX_JOBS as torch's builds read it, else one for each core."""
+    env = os.environ if environ is None else environ
+    asked = env.get("MAX_JOBS", "")
+    return int(asked) if asked.isdecimal() and int(asked) else os.cpu_count() or 1
+
+
 def libraries_dir(environ: Mapping[str, str] | None = None) -> Path:
     """Where prepared libraries lie: $CX_LIBRARIES, else a folder of the cache."""
     env = os.environ if environ is None else environ
-    return Path(env["CX_LIBRARIES"]) if env.get("CX_LIBRARIES") else cache_dir(environ) / "libraries"
+    asked = env.get("CX_LIBRARIES")
+    return Path(asked).absolute() if asked else cache_dir(environ) / "libraries"
 
 
 def path_list(name: str, environ: Mapping[str, str] | None = None) -> list[str]:

@@ -19,20 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from ..backends.base import Program
-from . import document, environment, matrix, prepared, program, registry
+from . import document, environment, matrix, prepared, program_record, registry
 from .document import Place
 from .errors import CollectiveXError, InfraError, UserError
 from .fabric import fallen_back
 from .heartbeat import read
 from .manifest import Manifest
 from .matrix import Planned
-from .mechanism import Mechanism, Processes, Work
+from .mechanism import Mechanism, Processes, Work, allowed_s, processes
 from .progress import Progress
 from .scrub import scrub
 from .sku import Sku, load_sku
 from .starting import LauncherProcesses
 from .suite import Suite, load_suite
-from .supervise import GRACE_S, Ending, Group, Shard, Watch, supervise
+from .supervise import Ending, Group, Shard, Watch, supervise
 from .types import CASES_SCHEMA, CONTRACT, Cell, Status, case_to_json
 from .writing import write_bytes, write_json
 
@@ -49,7 +49,7 @@ def command(args: argparse.Namespace) -> int:
     if sku.mechanism != "process":
         hint = f"use `cx launch` with the same options, or launchers/launch_{sku.name}.sh"
         raise UserError(f"the ranks of SKU {sku.name!r} are not processes of this machine", hint)
-    require_torch()
+    require_torch(planned)
     out = Path(args.out or default_folder(suite.name))
     manifest = Manifest.open(
         out, suite.name, sku.name, told(sys.argv[1:]), [p.cell for p in planned], args.resume
@@ -105,11 +105,13 @@ def plan(args: argparse.Namespace) -> tuple[Suite, Sku, list[Planned]]:
     return suite, sku.at(args.nodes or 1), planned
 
 
-def require_torch() -> None:
-    """Ranks run in this interpreter, so torch must be importable in it."""
+def require_torch(planned: Sequence[Planned]) -> None:
+    """Ranks run in this interpreter, so torch must be importable in it. External programs do without."""
     from importlib.util import find_spec
 
-    if find_spec("torch") is None:
+    runnable = {p.cell.case.backend for p in planned if p.unsupported is None}
+    ranks = any(not isinstance(registry.load(name), Program) for name in runnable)
+    if ranks and find_spec("torch") is None:
         raise UserError(
             f"torch is not installed for {sys.executable}",
             "use the Python that has it, or `pip install torch`; `make bench` does it for you",
@@ -145,6 +147,7 @@ class Execution:
             runs=1 + max(p.cell.run for p in self.planned),
             order=self.suite.order,
             limits=tuple(self.sku.all_limits()),
+            nodes_per_domain=self.sku.nodes_per_domain,
         )
         self.positions = {p.cell.id: index for index, p in enumerate(self.planned)}
 
@@ -169,7 +172,10 @@ class Execution:
             self.mechanism.check("before", self.health_folder(shard, "before"), self.per_node(shard))
             earlier = set(self.rank_logs(shard))
             watch = Watch(self.starter(shard), self.has_result, self.record, self.progress.event)
-            crash = self.run_shard(shard, watch)
+            try:
+                crash = supervise(shard, self.out / "logs", watch)
+            finally:
+                self.clean(shard)
             if crash is not None:
                 self.note_teardown(shard, crash)
             self.look_after(shard, sorted(set(self.rank_logs(shard)) - earlier))
@@ -195,33 +201,32 @@ class Execution:
             ordered += of_run[::-1] if run % 2 else of_run
         return ordered
 
-    def run_shard(self, shard: Shard, watch: Watch) -> str | None:
-        """Ranks are supervised, an external program is started and read. The teardown crash, if any."""
-        backend = registry.load(shard.backend)
-        if not isinstance(backend, Program):
-            return supervise(shard, self.out / "logs", watch)
-        env, key = self.environ(shard.backend), self.key_file.read_text()
-        program.run_shard(backend, shard, program.Site(self.out, self.place, self.positions, key, env), watch)
-        return None
-
     def environ(self, name: str) -> dict[str, str]:
         """What pool, network, prepared library and backend set in every process that we start."""
         facts = registry.load(name).facts
-        return {**self.sku.env, **self.settings, **prepared.variables(name), **facts.env}
+        own = {
+            **self.sku.env,
+            **self.settings,
+            **prepared.variables(name, self.mechanism.libraries),
+            **facts.env,
+        }
+        return environment.for_elsewhere(own)
 
     def starter(self, shard: Shard) -> Any:
         """How supervise starts a group over cells of this shard."""
-        size = shard.cells[0].case.ranks
-        env = self.environ(shard.backend)
-        # Ranks share the cores: with torch's default every rank would take them all.
-        env.setdefault("OMP_NUM_THREADS", str(max(1, min(8, (os.cpu_count() or 1) // size))))
+        case = shard.cells[0].case
+        env, size = self.environ(shard.backend), processes(case)
+        launched = not isinstance(registry.load(shard.backend), Program)
+        if launched:
+            # Ranks share the cores: with torch's default every rank would take them all.
+            env.setdefault("OMP_NUM_THREADS", str(max(1, min(8, (os.cpu_count() or 1) // size))))
 
         def start(cells: Sequence[Cell], folder: Path) -> Group:
-            seconds = Watch.setup_s + sum(cell.case.deadline_s + GRACE_S for cell in cells)
+            seconds = allowed_s([cell.case for cell in cells])
             document = self.cases_document(shard.backend, cells)
-            nodes = shard.cells[0].case.nodes
             path = folder / "cases.json"
-            return self.mechanism.group(Work(path, document, self.out, size, nodes, env, seconds))
+            work = Work(path, document, self.out, size, case.nodes, env, seconds, launched)
+            return self.mechanism.group(work)
 
         return start
 
@@ -292,7 +297,16 @@ class Execution:
         return self.out / "logs" / f"{shard.name}.health-{when}-{time.time_ns() // 1_000_000}"
 
     def rank_logs(self, shard: Shard) -> list[Path]:
-        return sorted((self.out / "logs").glob(f"{shard.name}.*/rank*.log"))
+        """What ranks and the processes of programs printed."""
+        logs, name = self.out / "logs", shard.name
+        return sorted([*logs.glob(f"{name}.*/rank*.log"), *logs.glob(f"{name}.*/process*/*.log")])
+
+    def clean(self, shard: Shard) -> None:
+        """What a program wrote of its environment is still there where its runner was killed."""
+        backend = registry.load(shard.backend)
+        if isinstance(backend, Program):
+            for path in (self.out / "logs").glob(f"{shard.name}.*/process*/*.json"):
+                program_record.keep(backend, path)
 
     def look_after(self, shard: Shard, logs: Sequence[Path]) -> None:
         """What was measured on a node that is unhealthy now, or over another network than the pool's, is no

@@ -40,9 +40,11 @@ class Heartbeat:
         self.cell = None
         self.beat("between cells", 0)
 
-    def beat(self, phase: str, iteration: int) -> None:
+    def beat(self, phase: str, iteration: int, limit_s: float | None = None) -> None:
+        """`limit_s`: the next beat must come within this time, instead of the cell within its deadline."""
         self.phase, self.iteration = phase, iteration
         value = {"rank": self.rank, "cell": self.cell, "phase": phase, "iteration": iteration}
+        value |= {"limit_s": limit_s} if limit_s is not None else {}
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(value))
         temporary.replace(self.path)

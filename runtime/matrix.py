@@ -160,10 +160,19 @@ def _refused_here(facts: Facts, sku: Sku) -> str | None:
     """What follows from backend and pool alone."""
     if facts.name in sku.refuse:
         return f"{sku.name}: {sku.refuse[facts.name]}"
-    if facts.regimes and sku.mechanism != "process":
-        return f"{facts.name} is started as a process of the machine, which {sku.mechanism} does not do yet"
     if sku.device not in facts.devices:
         return f"{facts.name} runs on {', '.join(facts.devices)}; {sku.name} has {sku.device}"
+    if facts.regimes and sku.nodes > 1:
+        return _no_mpi(facts, sku)
+    return None
+
+
+def _no_mpi(facts: Facts, sku: Sku) -> str | None:
+    """Why an external program cannot be started on several nodes of this pool, or None."""
+    if sku.mpi == "none":
+        return f"{facts.name} is an MPI program on several nodes; {sku.name} states no `mpi` for srun"
+    if sku.container == "podman":
+        return f"{facts.name} is an MPI program on several nodes; podman hands on nothing of srun's MPI"
     return None
 
 

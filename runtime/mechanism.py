@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..backends.base import Program
+from . import registry
 from .processes import LocalGroup
-from .supervise import Group
+from .supervise import GRACE_S, Group, Watch
+from .types import Case
 from .writing import write_json
 
 
@@ -21,8 +24,10 @@ from .writing import write_json
 class Work:
     """One group to be started: `document` becomes the cases file at `path`.
 
+    ranks     processes to start; see `processes`
     env       set in every rank
     seconds   what the watchdog allows it at most; a launcher's own limit comes after it
+    launched  whether the SKU's `start` counts: a runner of programs needs no torchrun or mpirun
     """
 
     path: Path
@@ -32,6 +37,7 @@ class Work:
     nodes: int
     env: Mapping[str, str]
     seconds: float
+    launched: bool = True
 
     @property
     def name(self) -> str:
@@ -52,9 +58,11 @@ class Work:
 
 
 class Mechanism(Protocol):
-    """How one execution starts its groups. `image`: as provenance carries it."""
+    """How one execution starts its groups. `image`: as provenance carries it. `libraries`: where the prepared
+    libraries of its ranks are; None: in our own folder."""
 
     image: Mapping[str, str | None] | None
+    libraries: Path | None
 
     def group(self, work: Work) -> Group:
         """Start one group. Raises InfraError when it cannot be started at all."""
@@ -69,6 +77,7 @@ class Processes:
     """No scheduler, no container: what `cx run` uses by itself."""
 
     image: Mapping[str, str | None] | None = None
+    libraries: Path | None = None
 
     def group(self, work: Work) -> Group:
         write_json(work.path, work.document)
@@ -76,6 +85,21 @@ class Processes:
 
     def check(self, when: str, folder: Path, ranks_per_node: int) -> None:
         """A person at the machine sees it; the clocks before and after are in every result."""
+
+
+def processes(case: Case) -> int:
+    """How many processes a group of such cases has: one for each rank. An external program on one node is
+    driven by one; on several it is an MPI program, again of one for each rank."""
+    alone = case.nodes == 1 and isinstance(registry.load(case.backend), Program)
+    return 1 if alone else case.ranks
+
+
+def allowed_s(cases: Sequence[Case]) -> float:
+    """The most that a group over these cases may take: its watchdog comes before that. A program may take its
+    time for the first line of each of its processes."""
+    program = isinstance(registry.load(cases[0].backend), Program)
+    first = Watch.setup_s if program else 0.0
+    return Watch.setup_s + sum(first + case.deadline_s + GRACE_S for case in cases)
 
 
 def port(seed: str) -> int:

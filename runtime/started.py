@@ -29,6 +29,7 @@ from .supervise import Group
 
 SETTLE_S = 3.0  # for the files of ranks that have ended to be seen here, over a shared file system
 KILL_S = 4.0
+MPI_ENDED = re.compile(r"mpi/pm\w+: .*(?:[Ee]rror handler|abort).*")  # what srun's MPI plugins say
 KILLED = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)
 
 
@@ -94,14 +95,16 @@ class StartedGroup:
 
     def _give_up(self, missing: Sequence[int]) -> None:
         """The launcher is gone and these ranks have not said how they ended: that is the machine's doing."""
-        problem = InfraError(scrub(self.why_gone()))
+        kind, problem = self.why_gone()
         for rank in missing:
             if not (self.folder / f"rank{rank}.error.json").exists():
-                complain(self.folder, rank, "infra", problem, "launch")
+                complain(self.folder, rank, kind, problem, "launch")
             self.codes[rank] = self.process.returncode or 1
 
-    def why_gone(self) -> str:
-        return f"the launcher ended with {self.process.returncode}: {self.last_words()}"
+    def why_gone(self) -> tuple[str, Exception]:
+        """The error that this is for the ranks, and its kind (see supervise.GroupEnd)."""
+        words = f"the launcher ended with {self.process.returncode}: {self.last_words()}"
+        return "infra", InfraError(scrub(words))
 
     def last_words(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[1:]
@@ -162,13 +165,18 @@ class SlurmGroup(StartedGroup):
         ended = state in slurm.ENDED or state == slurm.UNKNOWN
         return slurm.AllocationLost(self.job, state).message if ended else None
 
-    def why_gone(self) -> str:
+    def why_gone(self) -> tuple[str, Exception]:
         lost = self.lost()
         if lost is not None:
-            return f"{lost} ({self.last_words()})"
+            return "infra", InfraError(scrub(f"{lost} ({self.last_words()})"))
         text = self.log.read_text(errors="replace")
         if re.search(r"STEP .*TIME LIMIT", text):
-            return f"the step reached its time limit, which the watchdog comes before: {self.last_words()}"
+            limit = "the step reached its time limit, which the watchdog comes before"
+            return "infra", InfraError(scrub(f"{limit}: {self.last_words()}"))
+        said = MPI_ENDED.search(text)
+        if said is not None:
+            words = f"a process ended without MPI_Finalize, so srun ended all others: {said[0]}"
+            return "peer", RuntimeError(scrub(words))
         return super().why_gone()
 
 
@@ -188,6 +196,7 @@ class SlurmMechanism:
     ):
         self.job, self.hosts, self.container, self.root = job, list(hosts), container, root
         self.wanted, self.mpi, self.image, self.execute = wanted, mpi, image, execute
+        self.libraries = container.libraries
         self.env = slurm.environment(job, len(hosts), environment.inherited())
 
     def argv(self, name: str, nodes: int, per_node: int, seconds: float, *arguments: str) -> list[str]:
@@ -267,6 +276,7 @@ class ContainerMechanism:
     ):
         self.container, self.root, self.wanted, self.start = container, root, wanted, start
         self.image: Mapping[str, str | None] | None = image
+        self.libraries = container.libraries
         self.execute = execute
         self.env = environment.inherited()
 
@@ -277,7 +287,8 @@ class ContainerMechanism:
     def group(self, work: Work) -> Group:
         work.write("127.0.0.1")
         files = ("--cases", str(work.path.resolve()), "--out", str(work.out.resolve()))
-        argv = self.argv(work.name, *local_ranks(files, work.ranks, self.start))
+        start = self.start if work.launched else "ranker"
+        argv = self.argv(work.name, *local_ranks(files, work.ranks, start))
         return ContainerGroup(argv, self.env, work, self.container.kind, self.execute)
 
     def check(self, when: str, folder: Path, ranks_per_node: int) -> None:

@@ -45,6 +45,8 @@ class LauncherProcesses(Processes):
         return self.container.entry(self.root, *local_ranks(files, ranks, self.start))
 
     def group(self, work: Work) -> Group:
+        if not work.launched:
+            return super().group(work)
         work.write("127.0.0.1")
         files = ("--cases", str(work.path.resolve()), "--out", str(work.out.resolve()))
         return LauncherGroup(self.argv(files, work.ranks), environment.inherited(), work)

@@ -136,7 +136,9 @@ class GroupEnd:
         bad = {rank: code for rank, code in self.codes.items() if code}
         if not bad:
             return None
-        return "after all results were written, " + ", ".join(f"rank {r} {_exit(c)}" for r, c in bad.items())
+        return "after all results were written, " + ", ".join(
+            f"rank {r} {exit_text(c)}" for r, c in bad.items()
+        )
 
     def ending(self, folder: Path, ranks: int) -> Ending:
         """Status, reason and evidence from what the ranks left behind."""
@@ -167,7 +169,7 @@ class GroupEnd:
         for some in (killed, {} if {"setup", "case"} & by_kind.keys() else silent):
             bad = {rank: code for rank, code in some.items() if code or some is silent}
             if bad:
-                what = ", ".join(f"rank {rank} {_exit(code)}" for rank, code in bad.items())
+                what = ", ".join(f"rank {rank} {exit_text(code)}" for rank, code in bad.items())
                 without = " without an error and without a result" if not any(bad.values()) else ""
                 return Status.FAILED, f"{what}{without} in {beats[next(iter(bad))].get('phase', 'start')}"
         for kind in ("setup", "case", "teardown", "peer"):
@@ -185,19 +187,27 @@ def _told(error: dict[str, Any]) -> str:
 def _watch(group: Group, folder: Path, cells: Sequence[Cell], watch: Watch) -> GroupEnd:
     """Poll until every rank is gone, one has failed, or a deadline has passed."""
     by_id = {cell.id: cell for cell in cells}
+    untold = dict(by_id)
     current: str | None = None
+    turn: tuple[str, int] | None = None
     since = time.monotonic()
     failed_at: float | None = None
     while True:
         codes = group.poll()
         now = time.monotonic()
-        cell = _cell_under_way(folder, len(codes))
+        beat = _under_way(folder, len(codes))
+        cell, limit_s = beat.get("cell"), beat.get("limit_s")
         if cell != current:
-            if current in by_id:
-                watch.has_result(by_id[current])  # tell now, not when the whole group has ended
+            if current in by_id:  # tell now, not when the whole group has ended
+                # a program answers several cells at once, in its own order
+                for name in list(untold) if turn is not None else [current]:
+                    if watch.has_result(by_id[name]):
+                        untold.pop(name, None)
             if cell is not None:
                 watch.progress("start", cell)
-            current, since = cell, now
+            current, turn, since = cell, None, now
+        if limit_s is not None and turn != (beat["phase"], beat["iteration"]):
+            turn, since = (beat["phase"], beat["iteration"]), now
         if all(code is not None for code in codes.values()):
             return GroupEnd(codes, current)
         if any(codes.values()) and failed_at is None:
@@ -210,6 +220,7 @@ def _watch(group: Group, folder: Path, cells: Sequence[Cell], watch: Watch) -> G
             limit, what = watch.setup_s, f"no cell started within {watch.setup_s:g} s"
         else:
             deadline = by_id[current].case.deadline_s if current in by_id else watch.setup_s
+            deadline = deadline if limit_s is None else limit_s
             limit, what = deadline + GRACE_S, f"no result within the deadline of {deadline:g} s"
         if now - since > limit:
             group.dump_stacks()
@@ -218,13 +229,13 @@ def _watch(group: Group, folder: Path, cells: Sequence[Cell], watch: Watch) -> G
         time.sleep(POLL_S)
 
 
-def _cell_under_way(folder: Path, ranks: int) -> str | None:
-    """The cell that any rank says it is in (rank 0 first)."""
+def _under_way(folder: Path, ranks: int) -> dict[str, Any]:
+    """The beat of the first rank that says it is in a cell; empty while none is."""
     for rank in range(ranks):
         beat = heartbeat.read(folder / f"rank{rank}.beat.json")
         if beat and beat.get("cell"):
-            return beat["cell"]
-    return None
+            return beat
+    return {}
 
 
 def _rank_evidence(folder: Path, rank: int, beat: dict, errors: dict, codes: dict) -> dict[str, Any]:
@@ -247,7 +258,8 @@ def _tail(path: Path, characters: int) -> str | None:
     return scrub(text[-characters:]) or None
 
 
-def _exit(code: int | None) -> str:
+def exit_text(code: int | None) -> str:
+    """How a process ended, in words."""
     if code is None:
         return "still running"
     return f"killed by {_signal(code)}" if code < 0 else f"exited with {code}"

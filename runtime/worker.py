@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from ..backends.base import Context, Library, MissingLibrary
-from . import document, environment, provenance, registry
+from ..backends.base import Context, Library, MissingLibrary, Program
+from . import document, domains, environment, nvml, program, provenance, registry
 from .device import CpuDevice, Device, GpuDevice, ManualDevice
 from .document import Outcome, Place
 from .errors import InfraError, UserError
@@ -70,7 +70,12 @@ def command(args: argparse.Namespace) -> int:
     if cases.get("die_with_parent"):
         environment.die_with_parent()
     try:
-        session = set_up(cases, where, heart, Path(args.out), began)
+        backend = registry.load(cases["backend"])
+        if isinstance(backend, Program):
+            return program.run(backend, cases, where, heart, Path(args.out))
+        session = set_up(cases, backend, where, heart, Path(args.out), began)
+    except SystemExit:  # a runner of programs that was told to end
+        raise
     except (MissingLibrary, UserError) as error:
         heart.error("setup", error)
         return 2
@@ -116,9 +121,10 @@ class PortTaken(Exception):
     """Rank 0 could not bind the rendezvous port."""
 
 
-def set_up(cases: dict[str, Any], where: Any, heart: Heartbeat, out: Path, began: float) -> Session:
+def set_up(
+    cases: dict[str, Any], backend: Library, where: Any, heart: Heartbeat, out: Path, began: float
+) -> Session:
     """Device, process group, backend, provenance: in this order, so that versions are read as loaded."""
-    backend = cast(Library, registry.load(cases["backend"]))  # programs are started, not linked: program.py
     heart.beat("import torch", 0)
     manual = "manual" in backend.facts.devices
     device: Device = ManualDevice() if manual else CpuDevice()
@@ -127,6 +133,7 @@ def set_up(cases: dict[str, Any], where: Any, heart: Heartbeat, out: Path, began
     heart.beat("rendezvous", 0)
     gc.freeze()  # what set-up made is here to stay: no collection need look at it again
     ranks, group = join(where, device, heart)
+    place = locate(cases["place"], ranks, device)
     started = time.perf_counter()
     heart.beat("backend setup", 0)
     backend.setup(Context(ranks, device, group))
@@ -141,7 +148,6 @@ def set_up(cases: dict[str, Any], where: Any, heart: Heartbeat, out: Path, began
         image=cases.get("image"),
     )
     seconds = {"start_s": started - began, "setup_s": time.perf_counter() - started}
-    place = Place(**{**cases["place"], "limits": tuple(cases["place"]["limits"])})
     return Session(ranks, device, backend, place, align, heart.beat, session_key(cases), out, found, seconds)
 
 
@@ -174,6 +180,20 @@ def join(where: Any, device: Device, heart: Heartbeat) -> tuple[Ranks, Any]:
     control = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
     ranks = TorchRanks(control, where.rank, where.world_size, where.local_rank, where.ranks_per_node)
     return ranks, dist.group.WORLD
+
+
+def locate(told: dict[str, Any], ranks: Ranks, device: Device) -> Place:
+    """The place of the cases document with the scale-up domains that the GPUs realise. Collective. Raises
+    InfraError where they contradict what the pool stated."""
+    fabric = None
+    if device.kind == "cuda":
+        import torch
+
+        fabric = nvml.fabric(f"GPU-{torch.cuda.get_device_properties(device.torch_device).uuid}")
+    place = Place(**{**told, "limits": tuple(told["limits"])})
+    nodes = ranks.size // ranks.ranks_per_node
+    found, source = domains.placed(ranks.size, nodes, place.nodes_per_domain, ranks.all_gather(fabric))
+    return replace(place, domains=tuple(found), domains_source=source)
 
 
 def aligner(ranks: Ranks, device: Device, group: Any) -> Callable[[], None]:

@@ -3,6 +3,7 @@
 Run as `python nccl_tests_fake.py all_reduce_perf -b 8 ...`. $CX_FAKE is JSON: {"version": "2.19.6", "fault":
 "hang", "at": 4096} (`at`: the size where it happens; `each_fault`: instead, in the process with -I 1). Times
 are 10 us and 1 us for each 100,000 bytes, plus a tenth for each cycle: every number that is read is known.
+{"mpi": true} is a build with MPI=1, which needs a real Open MPI: rank 0 prints, the others wait for it.
 Forms: nccl-tests src/common.cu and src/util.cu.
 """
 
@@ -54,7 +55,34 @@ def main(program: str, words: list[str]) -> int:
         return usage(program, version, None)
     if said.get("I") == "1":
         fault = plan.get("each_fault", fault)
-    return Fake(program, said, version, fault, plan.get("at"), plan).run()
+    if not plan.get("mpi"):
+        return Fake(program, said, version, fault, plan.get("at"), plan).run()
+    rank, size, barrier, finalize = mpi()
+    said["ranks"] = str(size)
+    fake = Fake(program, said, version, fault, plan.get("at"), plan)
+    if rank == size - 1 and fault == "peer-crash" and plan["at"] in fake.sizes():
+        time.sleep(2)
+        os.kill(os.getpid(), signal.SIGSEGV)
+    code = fake.run() if rank == 0 else 0
+    if code not in (0, 7):
+        return code  # as the real one: without MPI_Finalize
+    sys.stdout.flush()
+    barrier()
+    finalize()
+    return code
+
+
+def mpi():
+    """(rank, size, MPI_Barrier, MPI_Finalize) of a process that called MPI_Init."""
+    import ctypes
+
+    library = ctypes.CDLL("libmpi.so.40", mode=ctypes.RTLD_GLOBAL)
+    world = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.in_dll(library, "ompi_mpi_comm_world")))
+    rank, size = ctypes.c_int(), ctypes.c_int()
+    library.MPI_Init(None, None)
+    library.MPI_Comm_rank(world, ctypes.byref(rank))
+    library.MPI_Comm_size(world, ctypes.byref(size))
+    return rank.value, size.value, lambda: library.MPI_Barrier(world), library.MPI_Finalize
 
 
 def usage(program: str, version: str, fault: str | None) -> int:
@@ -80,7 +108,7 @@ class Fake:
         self.program, self.said, self.version = program, said, version
         self.fault, self.at, self.plan = fault, at, plan
         self.op = program.removesuffix("_perf")
-        self.ranks = int(said["g"])
+        self.ranks = int(said["g"]) * int(said.pop("ranks", "1"))
         self.dtype = "float" if fault == "wrong-dtype" else said["d"]
         self.iters = int(said["n"])
         self.each = said.get("I") == "1"
@@ -161,6 +189,8 @@ class Fake:
         for placement in ("out_of_place", "in_place"):
             if size == self.at and self.fault in ("hang", "crash", *EXITS) and placement == "in_place":
                 return self.stop(self.fault)
+            if size == self.at and self.fault == "peer-crash":
+                return self.stop("hang")
             self.body(entry, placement, size, cycle)
         print()
         self.results.append({**entry, "actual_iterations": self.iters, "experiment_name": ""})
@@ -223,7 +253,7 @@ class Fake:
 
     def document(self) -> str:
         s = self.said
-        config = {"nthreads": 1, "ngpus": self.ranks, "iterations": self.iters, "aggregated_iterations": 1}
+        config = {"nthreads": 1, "ngpus": int(s["g"]), "iterations": self.iters, "aggregated_iterations": 1}
         config |= {"validation": int(s["c"]), "graph": 0, "blocking_collectives": "false"}
         config["devices"] = [
             {"rank": 0, "pid": os.getpid(), "hostname": "myhost", "device_hex": "0000:18:00", "device": 0}

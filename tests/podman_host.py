@@ -40,6 +40,25 @@ location = "{location}"
 insecure = true
 """
 
+# A SKU file of one machine whose ranks podman starts.
+POOL = """\
+schema: collectivex.sku.v1
+name: box
+title: one machine with podman
+vendor: cpu
+arch: null
+product: test
+gpus_per_node: 0
+scale_up: null
+scale_out: null
+limits: []
+mechanism: docker
+container: podman
+image: {image}
+env: {{GLOO_LOG_LEVEL: "ERROR"}}
+refuse: []
+"""
+
 
 class PodmanHost:
     """`env` is what podman needs to use this folder; `image` a reference with a tag, `digest` its digest."""

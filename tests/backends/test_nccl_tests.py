@@ -107,18 +107,22 @@ def test_command_lines(
     golden(f"nccl_tests/{version}.txt", "\n".join(lines) + "\n")
 
 
-def test_command_lines_of_several_nodes(
-    binaries: Path, golden: Callable[[str, str], None], tmp_path: Path
-) -> None:
-    """One process per GPU; mpirun is told to hand NVLS off on, srun hands everything on."""
+def test_command_lines_with_mpi(binaries: Path, golden: Callable[[str, str], None], tmp_path: Path) -> None:
+    """One process per GPU: on one node mpirun starts them, and is told to hand NVLS off on; on several nodes
+    srun has, and each does only its own part."""
     fakes.install(tmp_path / "bin", "_mpi")
+    fakes.install(tmp_path / "plain")
     environ = fakes.environ(tmp_path / "bin") | {"NCCL_NVLS_ENABLE": "0", "NCCL_DEBUG": "INFO", "USER": "me"}
-    environ["PATH"] = f"{tmp_path}/bin:/usr/bin:/bin"
+    environ["PATH"] = f"{tmp_path}/plain:{tmp_path}/bin:/usr/bin:/bin"
+    asked = {"one node": case(knobs=(("mpi", 1),)), "two nodes": case(ranks=8, nodes=2)}
     lines = []
-    for more in ({}, {"SLURM_JOB_ID": "7"}):
-        (start, _) = Backend().starts([case(ranks=8, nodes=2)], str(tmp_path), environ | more)
-        lines += [" ".join(start.argv), *(f"  {name}={value}" for name, value in sorted(start.env.items()))]
-    golden("nccl_tests/two-nodes.txt", "\n".join(lines).replace(str(tmp_path), "TMP") + "\n")
+    for title, one in asked.items():
+        for start in Backend().starts([one], str(tmp_path), environ):
+            env = [f"  {name}={value}" for name, value in sorted(start.env.items())]
+            lines += [f"# {title}", " ".join(start.argv), *env]
+    golden("nccl_tests/mpi.txt", "\n".join(lines).replace(str(tmp_path), "TMP") + "\n")
+    assert "no mpi=0 there" in str(Backend().why_not(case(ranks=8, nodes=2, knobs=(("mpi", 0),))))
+    assert "no second one" in str(Backend().why_not(case(ranks=8, nodes=2, knobs=(("per_iteration", 1),))))
 
 
 def test_a_prepared_binary_comes_before_one_on_path(tmp_path: Path, binaries: Path) -> None:
@@ -336,3 +340,14 @@ def test_only_a_document_that_can_be_cleaned_is_kept() -> None:
     assert kept is not None
     assert "env" not in json.loads(kept)
     assert Backend().keep(text[:500]) is None
+
+
+@pytest.mark.parametrize("fault", ["one-rank", "two-tables"])
+def test_a_build_without_mpi_is_a_failure_with_a_hint(fault: str, binaries: Path, tmp_path: Path) -> None:
+    """On two nodes each process prints a table of its own GPU; under mpirun they print into one output."""
+    one = case(ranks=2, nodes=2)
+    environ = fakes.environ(binaries, fault=fault)
+    (start,) = Backend().starts([one], str(tmp_path), environ)
+    (answer,) = Backend().answers(start, run(start, environ)).values()
+    assert answer.status is Status.FAILED
+    assert "was built without MPI: each process ran alone; build it with MPI=1" in str(answer.reason)

@@ -209,6 +209,15 @@ def test_our_own_switches_that_contradict_each_other_are_refused():
         child_environment({}, environ={"NCCL_NVLS_ENABLE": "1", "NVSHMEM_DISABLE_NVLS": "1"})
 
 
+def test_a_container_is_told_what_it_does_not_inherit():
+    """docker and podman hand on nothing of our environment: the switches travel with the case."""
+    told = environment.for_elsewhere({"A": "b"}, {"NCCL_NVLS_ENABLE": "0", "C": "d"})
+    assert told == {"A": "b", **environment.MULTICAST_OFF}
+    assert environment.for_elsewhere({"A": "b"}, {"C": "d"}) == {"A": "b"}
+    with pytest.raises(UserError, match="turns NVLink multicast on"):
+        environment.for_elsewhere({"NCCL_NVLS_ENABLE": "1"}, {"NVSHMEM_DISABLE_NVLS": "1"})
+
+
 def test_without_a_switch_the_libraries_decide():
     """Nothing is added where nothing is forbidden; asking for multicast is then allowed."""
     assert child_environment({"NCCL_NVLS_ENABLE": "1"}, environ={}) == {"NCCL_NVLS_ENABLE": "1"}

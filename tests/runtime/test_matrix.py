@@ -281,3 +281,26 @@ def test_the_regimes_that_need_a_device_are_regimes() -> None:
     from collectivex.runtime.types import REGIMES
 
     assert set(matrix.ON_DEVICE) < set(REGIMES)
+
+
+def test_programs_are_offered_wherever_libraries_are() -> None:
+    """AMD's pools are Slurm with containers: rccl_tests runs there on one node."""
+    for pool in ("mi300x-amds", "mi355x-amds"):
+        planned = expand(suite.load_suite("collectives-core"), sku.load_sku(pool), ["rccl_tests"], runs=1)
+        assert None in {p.unsupported for p in planned}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"mpi": "pmix"}, None),
+        ({}, "states no `mpi` for srun"),
+        ({"mpi": "pmix", "container": "podman"}, "podman hands on nothing of srun's MPI"),
+    ],
+)
+def test_programs_on_several_nodes_need_mpi(changes: dict[str, str], said: str | None) -> None:
+    """One process for each GPU, which find each other by what srun tells them."""
+    pool = replace(sku.load_sku("b200-dgxc-slurm"), **changes)
+    planned = expand(suite.load_suite("collectives-core"), pool, ["nccl_tests"], nodes=2, runs=1)
+    reasons = {p.unsupported for p in planned}
+    assert None in reasons if said is None else all(said in (reason or "") for reason in reasons)

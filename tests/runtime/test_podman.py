@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,31 +13,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fault_cells
+import program_pool
 import pytest
-from podman_host import PodmanHost
+from podman_host import POOL, PodmanHost
 
+from collectivex.runtime import prepared
 from collectivex.runtime.containers import Container
 from collectivex.runtime.yamlfile import ROOT
 
 pytestmark = pytest.mark.podman
 
-POOL = """\
-schema: collectivex.sku.v1
-name: box
-title: one machine with podman
-vendor: cpu
-arch: null
-product: test
-gpus_per_node: 0
-scale_up: null
-scale_out: null
-limits: []
-mechanism: docker
-container: podman
-image: {image}
-env: {{GLOO_LOG_LEVEL: "ERROR"}}
-refuse: []
-"""
 FEW = ("--only", "all_reduce-4096B", "--only", "tiny-t1-bf16-uniform-normal")
 
 
@@ -177,3 +163,97 @@ def test_an_image_that_is_not_there_is_infra_with_podmans_words(host: PodmanHost
     assert done.returncode == 3, done.stdout + done.stderr
     assert {record["status"] for record in box.records()} == {"infra"}
     assert "pulling" in box.records()[0]["reason"]
+
+
+# ------------------------------------------------------------------------------------ external programs
+
+
+@pytest.fixture
+def program(host: PodmanHost, tmp_path: Path) -> Box:
+    """A box whose image has binaries prepared for it."""
+    box = Box(host, tmp_path)
+    program_pool.write_pool(tmp_path, "box", mechanism="docker", container="podman", image=host.image)
+    box.env |= {"PYTHONPATH": str(program_pool.FOLDER), "CX_LIBRARIES": str(tmp_path / "libraries")}
+    return box
+
+
+def prepared_for(host: PodmanHost, box: Box) -> Path:
+    image = f"{host.image.rpartition(':')[0]}@{host.digest}"
+    return box.folder / "libraries" / prepared.of_image(image, "x86_64", None).name
+
+
+def test_a_program_in_a_real_container_drives_all_ranks(host: PodmanHost, program: Box) -> None:
+    """One process of the image's own Python; what was prepared for the image reaches it, and so does a switch
+    that only our own environment has; the records carry the image."""
+    seen = program.out / "seen.jsonl"
+    program_pool.install(prepared_for(host, program), record=str(seen))
+    program.env["NCCL_NVLS_ENABLE"] = "0"
+    done = program.run(program.argv("--suite", program_pool.write_suite(program.folder)))
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = program.records()
+    assert [record["status"] for record in records] == ["ok"] * 3
+    image = {"reference": host.image, "digest": host.digest, "arch": "x86_64"}
+    assert all(record["provenance"]["image"] == image for record in records)
+    assert all(record["provenance"]["backend"]["versions"] == {"nccl-tests": "2.19.6"} for record in records)
+    told = [json.loads(line) for line in seen.read_text().splitlines()]
+    assert [one["argv"][one["argv"].index("-g") + 1] for one in told] == ["4", "4"]
+    assert all(one["env"]["NVSHMEM_DISABLE_NVLS"] == "1" for one in told)
+    folder = program.out / "logs" / "cpu_tests.r0.0"
+    assert "--local 1" in (folder / "launcher.log").read_text()
+    assert not any(
+        "CX_FAKE" in path.read_text() for path in folder.rglob("*.json") if path.name != "cases.json"
+    )
+    assert host.containers() == []
+    assert program.left() == []
+
+
+@pytest.mark.parametrize(("fault", "status"), [("crash", "failed"), ("hang", "timeout")])
+def test_a_program_that_goes_wrong_in_a_real_container_costs_one_size(
+    host: PodmanHost, program: Box, fault: str, status: str
+) -> None:
+    """The others are measured without it, in the same container; nothing is left."""
+    program_pool.install(prepared_for(host, program), fault=fault, at=4096)
+    done = program.run(program.argv("--suite", program_pool.write_suite(program.folder)))
+
+    assert done.returncode == 1, done.stdout + done.stderr
+    records = program.records()
+    assert [record["status"] for record in records] == ["ok", status, "ok"], done.stderr
+    assert "in 4096 bytes of cycle 1 of 2" in records[1]["reason"]
+    assert len(list(program.out.glob("logs/*/launcher.log"))) == 1
+    assert host.containers() == []
+    assert program.left() == []
+
+
+def test_a_program_that_the_image_lacks_is_said(host: PodmanHost, program: Box) -> None:
+    """Every cell failed, with what to build; no container for each of them."""
+    done = program.run(program.argv("--suite", program_pool.write_suite(program.folder)))
+
+    assert done.returncode == 1, done.stdout + done.stderr
+    records = program.records()
+    assert [record["status"] for record in records] == ["failed"] * 3
+    assert all("MissingLibrary: all_reduce_perf is neither in" in r["reason"] for r in records)
+    assert host.containers() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_no_program_goes_on_in_a_real_container_after_the_launch(
+    host: PodmanHost, program: Box, number: signal.Signals
+) -> None:
+    """Ctrl-C in the middle of a hang: the cells did not run, and nothing private stays. Killed outright, all
+    ends too."""
+    program_pool.install(prepared_for(host, program), fault="early-hang")
+    argv = program.argv("--suite", program_pool.write_suite(program.folder, deadline=100))
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(argv, env=program.env, stdout=null, stderr=null)
+    written = "logs/cpu_tests.r0.0/process0/*.json"
+    assert until(lambda: list(program.out.glob(written)), 60)
+    process.send_signal(number)
+    code = process.wait(60)
+
+    assert until(lambda: not program.left(), 20), program.left()
+    assert until(lambda: not host.containers(), 20)
+    if number == signal.SIGINT:
+        assert code == 1
+        assert [record["status"] for record in program.records()] == ["not-run"] * 3
+        assert not list(program.out.glob(written))

@@ -15,15 +15,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import fault_cells
 import nccl_tests_bin as fakes
 import pytest
 
 from collectivex.backends.base import Ended, Start
 from collectivex.backends.nccl_tests import Backend
-from collectivex.runtime import environment, matrix, program, summary, validate
+from collectivex.runtime import environment, execute, matrix, program, summary, validate
+from collectivex.runtime.errors import UserError
 from collectivex.runtime.processes import worker_command
 from collectivex.runtime.sku import load_sku
 from collectivex.runtime.suite import load_suite
+from collectivex.runtime.terminal import Follow, Process
 
 SKU = """\
 schema: collectivex.sku.v1
@@ -128,7 +131,7 @@ def test_versions_come_from_the_program(bench: Any, tmp_path: Path) -> None:
 def test_what_is_kept_of_its_output_holds_no_environment(bench: Any, tmp_path: Path) -> None:
     """nccl-tests writes all of it into its JSON document."""
     bench()
-    kept = list((tmp_path / "out" / "logs").rglob("*.json"))
+    kept = list((tmp_path / "out" / "logs").glob("*/process*/*.json"))
     assert len(kept) == 2
     assert all("CX_FAKE" not in path.read_text() for path in kept)
     assert not any("env" in json.loads(path.read_text()) for path in kept)
@@ -264,7 +267,7 @@ def test_an_interrupted_run_leaves_no_process_and_no_environment(tmp_path: Path)
     plan = fakes.environ(fakes.install(tmp_path / "bin"), fault="early-hang")
     process = subprocess.Popen(argv, env={**os.environ, **plan}, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 30
-    while not list((tmp_path / "out" / "logs").rglob("*.json")) and time.monotonic() < until:
+    while not list((tmp_path / "out" / "logs").glob("*/process*/*.json")) and time.monotonic() < until:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
@@ -272,17 +275,20 @@ def test_an_interrupted_run_leaves_no_process_and_no_environment(tmp_path: Path)
     assert "--resume" in stderr
     records = [json.loads(p.read_text()) for p in (tmp_path / "out" / "cells").glob("*.json")]
     assert [r["status"] for r in records] == ["not-run"] * 3
-    assert not list((tmp_path / "out" / "logs").rglob("*.json"))
+    assert not list((tmp_path / "out" / "logs").glob("*/process*/*.json"))
     running = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists()]
     assert not any(str(tmp_path).encode() in line for line in running)
 
 
-def test_every_multicast_switch_of_the_pool_reaches_the_program(tmp_path: Path) -> None:
-    """Off in the four spellings, and nothing of NCCL_TESTS_* beside it."""
-    site = program.Site(tmp_path, None, {}, "", load_sku("h200x4-nvlink").env)  # type: ignore[arg-type]
-    environ = program._Group(Backend(), site, None, tmp_path).environ()  # type: ignore[arg-type]
+def test_every_multicast_switch_of_the_pool_reaches_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off in the four spellings, and nothing of NCCL_TESTS_* beside it, nor of its runner's rank."""
+    for name in ("NCCL_TESTS_SPLIT", "PMIX_RANK", "SLURM_PROCID", "RANK"):
+        monkeypatch.setenv(name, "1")
+    for name, value in load_sku("h200x4-nvlink").env.items():
+        monkeypatch.setenv(name, value)
+    environ = program.Runner(Backend(), None, None, {}).environ()  # type: ignore[arg-type]
     assert set(environment.multicast_settings(environ).values()) == {"off"}
-    assert not any(name.startswith("NCCL_TESTS_") for name in environ)
+    assert not [name for name in environ if name.startswith(("NCCL_TESTS_", "PMIX", "SLURM", "RANK"))]
 
 
 def test_a_machine_without_gpus_says_that_it_needs_some() -> None:
@@ -306,7 +312,9 @@ def test_what_a_process_said_before_it_was_killed_is_there(tmp_path: Path) -> No
     (start, _) = Backend().starts([cell.case for cell in cells], str(tmp_path), environ)
     assert isinstance(start, Start)
 
-    ended, _ = program.Process(start, environ, tmp_path / "log").wait(Backend(), 0.5, 0.5)
+    follow = Follow(Backend().progress)
+    with Process(start, environ, tmp_path / "log") as process:
+        ended, _ = process.wait(follow, 0.5, 0.5)
 
     assert isinstance(ended, Ended)
     assert ended.timed_out == "no first line of results within the deadline of 0.5 s"
@@ -314,3 +322,81 @@ def test_what_a_process_said_before_it_was_killed_is_there(tmp_path: Path) -> No
     assert (tmp_path / "log").read_text() == ended.stdout
     statuses = {a.status.value for a in Backend().answers(start, ended).values()}
     assert statuses == {"timeout"}
+
+
+def test_the_image_needs_neither_torch_nor_packages_of_ours(bench: Any, tmp_path: Path) -> None:
+    """An image of ROCm with rccl-tests has a Python and nothing else."""
+    for name in ("torch", "yaml", "jsonschema_rs", "numpy"):
+        (tmp_path / "poor").mkdir(exist_ok=True)
+        (tmp_path / "poor" / f"{name}.py").write_text(f"raise ImportError('{name} is not in this image')")
+    text = SKU.replace("env: {", f'env: {{PYTHONPATH: "{tmp_path / "poor"}", ')
+    (tmp_path / "pool.yaml").write_text(text)
+    code, records, stderr = bench()
+    assert code == 0, stderr + str([r["reason"] for r in records])
+
+
+def test_a_program_needs_no_launcher_of_ranks(bench: Any, tmp_path: Path) -> None:
+    """`start: torchrun` is for ranks; one process on the node is started without torch."""
+    (tmp_path / "pool.yaml").write_text(SKU + "start: torchrun\n")
+    code, _, stderr = bench()
+    assert code == 0, stderr
+    assert not list((tmp_path / "out" / "logs").glob("*/launcher.log"))
+
+
+def test_this_python_needs_no_torch_for_programs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks do need it."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    cells = matrix.expand(load_suite("smoke"), load_sku("h200x4-nvlink"), ["nccl_tests"])
+    execute.require_torch(cells)
+    with pytest.raises(UserError, match="torch is not installed"):
+        execute.require_torch(matrix.expand(load_suite("smoke"), load_sku("h200x4-nvlink"), ["torch_dist"]))
+
+
+def test_killed_outright_no_program_goes_on(tmp_path: Path) -> None:
+    """SIGKILL for `cx run`: the kernel ends its runner, and with that the program."""
+    (tmp_path / "pool.yaml").write_text(SKU)
+    (tmp_path / "sweep.yaml").write_text(SUITE.replace("deadline_s: 2", "deadline_s: 60"))
+    argv = worker_command()
+    argv = [*argv[: argv.index("worker")], "run", "--suite", str(tmp_path / "sweep.yaml")]
+    argv += ["--sku", str(tmp_path / "pool.yaml"), "--out", str(tmp_path / "out")]
+    plan = fakes.environ(fakes.install(tmp_path / "bin"), fault="early-hang")
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(argv, env={**os.environ, **plan}, stdout=null, stderr=null)
+    until = time.monotonic() + 30
+    while not list((tmp_path / "out" / "logs").glob("*/process*/*.json")) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert len(fault_cells.processes(tmp_path / "out")) >= 3, "cx, the runner and the program"
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 20
+    while fault_cells.processes(tmp_path / "out") and time.monotonic() < until:
+        time.sleep(0.05)
+    assert fault_cells.processes(tmp_path / "out") == []
+
+
+def test_a_runner_that_is_killed_leaves_no_environment_behind(tmp_path: Path) -> None:
+    """As by a container's memory limit, or srun: the record says so, and the host half cleans up."""
+    (tmp_path / "pool.yaml").write_text(SKU)
+    text = SUITE.replace("deadline_s: 2", "deadline_s: 60").replace("[1KiB, 4KiB, 16KiB]", "[1KiB]")
+    (tmp_path / "sweep.yaml").write_text(text)
+    argv = worker_command()
+    argv = [*argv[: argv.index("worker")], "run", "--suite", str(tmp_path / "sweep.yaml")]
+    argv += ["--sku", str(tmp_path / "pool.yaml"), "--out", str(tmp_path / "out")]
+    plan = fakes.environ(fakes.install(tmp_path / "bin"), fault="early-hang")
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(argv, env={**os.environ, **plan}, stdout=null, stderr=null)
+    written = "*/process*/*.json"
+    until = time.monotonic() + 30
+    while not list((tmp_path / "out" / "logs").glob(written)) and time.monotonic() < until:
+        time.sleep(0.05)
+    cases = str(tmp_path / "out" / "logs" / "nccl_tests.r0.0" / "cases.json").encode()
+    lines = {p.parent.name: p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists()}
+    (runner,) = [int(pid) for pid, line in lines.items() if cases in line]
+    os.kill(runner, signal.SIGKILL)
+    process.wait(30)
+
+    (record,) = [json.loads(p.read_text()) for p in (tmp_path / "out" / "cells").glob("*.json")]
+    assert record["status"] == "failed"
+    assert "rank 0 killed by SIGKILL in all_reduce-float32-1024" in record["reason"]
+    assert "# Using devices" in record["failure"]["ranks"][0]["stderr"]
+    assert not list((tmp_path / "out" / "logs").glob(written))

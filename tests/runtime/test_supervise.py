@@ -175,3 +175,66 @@ def test_a_worker_that_finds_its_port_taken_says_so_by_its_exit_code(tmp_path) -
 
     assert PORT_TAKEN == done.returncode, done.stderr
     assert "Traceback" not in done.stderr
+
+
+class Beating:
+    """A group whose rank 0 beats as `beats` say, one at each look; after them it `ends`, or goes on."""
+
+    def __init__(self, folder: Path, beats: list[dict], ends: bool):
+        folder.mkdir(parents=True)
+        self.path, self.beats, self.ends = folder / "rank0.beat.json", list(beats), ends
+
+    def poll(self):
+        if self.beats:
+            self.path.write_text(json.dumps({"rank": 0, "phase": "sweep", **self.beats.pop(0)}))
+            return {0: None}
+        return {0: 0 if self.ends else None}
+
+    def dump_stacks(self):
+        return None
+
+    def kill(self):
+        return None
+
+
+def watched(tmp_path, beats: list[dict], ends: bool, deadline_s: float) -> tuple[dict, list[tuple[str, str]]]:
+    """Records and progress of a group over CELLS; the last result is there from the start."""
+    cells = [Cell(cell.case.with_deadline(deadline_s)) for cell in CELLS]
+    asked, records = [], {}
+
+    def has_result(cell):
+        asked.append(cell.id)
+        return cell.id == cells[2].id
+
+    watch = Watch(
+        lambda remaining, folder: Beating(folder, beats, ends),
+        has_result,
+        lambda cell, ending: records.setdefault(cell.id, ending),
+        lambda event, cell: asked.append(event),
+    )
+    supervise(Shard("fake.r0", "fake", 0, cells), tmp_path, watch)
+    return records, asked
+
+
+def test_a_beat_with_a_limit_of_its_own_moves_the_deadline(tmp_path, monkeypatch) -> None:
+    """An external program answers several cells at once: each line that it prints starts the clock again."""
+    monkeypatch.setattr("collectivex.runtime.supervise.GRACE_S", 0.0)
+    monkeypatch.setattr("collectivex.runtime.supervise.POLL_S", 0.05)
+    lines = [{"cell": CELLS[0].id, "iteration": i // 4, "limit_s": 0.3} for i in range(40)]
+
+    records, _ = watched(tmp_path / "alive", lines, True, 0.3)
+    assert all(ending.status is Status.FAILED for ending in records.values()), "it ended without results"
+
+    records, _ = watched(tmp_path / "mute", [lines[0]] * 40, True, 99)
+    ending = records[CELLS[0].id]
+    assert ending.status is Status.TIMEOUT
+    assert "no result within the deadline of 0.3 s" in ending.reason
+
+
+def test_results_of_other_cells_are_told_while_a_program_goes_on(tmp_path) -> None:
+    """In whatever order it answered them; a rank's own cells come one after the other."""
+    beats = [{"cell": CELLS[0].id, "iteration": 0, "limit_s": 9}, {"cell": None, "iteration": 1}]
+    beats += [{"cell": CELLS[1].id, "iteration": 1, "limit_s": 9}]
+    _, asked = watched(tmp_path, beats, True, 9)
+    between = asked[asked.index("start") + 1 : asked.index("start", asked.index("start") + 1)]
+    assert CELLS[2].id in between

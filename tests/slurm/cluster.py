@@ -17,7 +17,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 NET, BRIDGE = "10.91.7", "cxbr0"
 PACKAGES = (
-    "slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge squashfs-tools libslurm-dev gcc libc6-dev"
+    "slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge squashfs-tools libslurm-dev gcc libc6-dev "
+    "libpmix-dev openmpi-bin"  # for MPI programs; without them their tests are skipped
 )
 
 CONF = """\
@@ -77,6 +78,14 @@ def missing() -> str | None:
     return None
 
 
+def pyxis() -> Path | None:
+    """The real plugin, where it is installed ($CX_TEST_PYXIS, or Slurm's own folder) and enroot is as well;
+    outside /tmp, of which every node has its own. Else the tests build the stand-in beside this file."""
+    usual = Path("/usr/lib/x86_64-linux-gnu/slurm-wlm/spank_pyxis.so")
+    path = Path(os.environ.get("CX_TEST_PYXIS", usual))
+    return path if path.is_file() and shutil.which("enroot") else None
+
+
 def must(*argv: str, **more: object) -> str:
     done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120, **more)  # type: ignore[call-overload]
     assert done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
@@ -89,6 +98,7 @@ class Cluster:
     def __init__(self, folder: Path, shared: list[Path], nodes: int = 2):
         self.folder, self.shared, self.nodes = folder, [folder, *shared], nodes
         self.env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        self.pyxis = pyxis()
         self.inits: dict[str, subprocess.Popen[bytes]] = {}
         self.controller: subprocess.Popen[bytes] | None = None
         self.munged: subprocess.Popen[bytes] | None = None
@@ -118,12 +128,30 @@ class Cluster:
         (self.folder / "gres.conf").write_text(gres)
         hosts = [f"{NET}.{10 + i} n{i}" for i in range(1, self.nodes + 1)]
         (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *hosts, ""]))
-        plugin = self.folder / "image_plugin.so"
-        must("gcc", "-O1", "-fPIC", "-shared", "-o", str(plugin), str(HERE / "image_plugin.c"))
         share = [p for p in ("/usr", "/bin", "/lib", "/lib64", "/etc") if Path(p).exists()]
         share += [str(p) for p in python_folders()]
-        (self.folder / "plugstack.conf").write_text(f"required {plugin} share={':'.join(share)}\n")
+        if self.pyxis is None:
+            plugin = self.folder / "image_plugin.so"
+            must("gcc", "-O1", "-fPIC", "-shared", "-o", str(plugin), str(HERE / "image_plugin.c"))
+            (self.folder / "plugstack.conf").write_text(f"required {plugin} share={':'.join(share)}\n")
+        else:
+            (self.folder / "plugstack.conf").write_text(f"required {self.pyxis}\n")
+            self._enroot(share)
         self.image()
+
+    def _enroot(self, share: list[str]) -> None:
+        """What an administrator and a home folder tell enroot: mounts into every container, and data on the
+        node. /etc stays the image's, whose `environment` has its PATH."""
+        mounts = self.folder / "enroot" / "mounts.d"
+        mounts.mkdir(parents=True)
+        options = "none x-create=dir,rbind,ro,nosuid"
+        lines = [f"{path} {path} {options}" for path in share if path != "/etc"]
+        (mounts / "50-host.fstab").write_text("\n".join([*lines, ""]))
+        self.env |= {
+            "ENROOT_CONFIG_PATH": str(self.folder / "enroot"),
+            "XDG_DATA_HOME": "/tmp/data",
+            "XDG_CACHE_HOME": "/tmp/cache",
+        }
 
     def image(self) -> Path:
         """A squashfs image whose /image/bin/python3 is the Python that runs the tests."""
@@ -133,6 +161,8 @@ class Cluster:
         python = root / "image" / "bin" / "python3"
         python.write_text(f'#!/bin/sh\nCX_IN_IMAGE=1 exec {sys.executable} "$@"\n')
         python.chmod(0o755)
+        (root / "etc").mkdir(exist_ok=True)
+        (root / "etc" / "environment").write_text("PATH=/image/bin:/usr/bin:/bin\n")
         must("mksquashfs", str(root), str(file), "-noappend", "-quiet", "-all-root")
         return file
 

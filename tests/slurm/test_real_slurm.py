@@ -174,6 +174,19 @@ def test_a_login_shell_allocates_two_nodes_and_measures_in_the_image(site: Site,
     assert not [job for job in site.cluster.jobs() if "cx-" in job and "n3" not in job][1:]
 
 
+def test_the_container_is_pyxis_own_where_it_is_installed(site: Site, tmp_path: Path) -> None:
+    """With pyxis and enroot the whole of this file runs through them: their mounts, the image's PATH."""
+    if site.cluster.pyxis is None:
+        pytest.skip("needs pyxis and enroot, see docs/launching.md")
+    done = site.cluster.run(*site.argv("testpool", tmp_path / "out", *SMOKE, *FEW[:2]), timeout=120)
+
+    assert done.returncode == 0, done.stderr
+    image = f"--container-image={site.cluster.folder / 'image.sqsh'}"
+    seen = site.cluster.run("srun", "--exclude=n3", image, "sh", "-c", "cat /proc/self/mountinfo; echo $PATH")
+    assert "pyxis" in seen.stdout, seen.stderr
+    assert seen.stdout.splitlines()[-1] == "/image/bin:/usr/bin:/bin"
+
+
 def test_facts_of_the_site_are_in_no_result(site: Site, tmp_path: Path) -> None:
     """Account, node names and the site file's path stay out; the command line without --site is kept."""
     out = tmp_path / "out"
