@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.types import Case, Moe
-from .base import MissingLibrary
+from .base import MissingLibrary, Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +15,52 @@ if TYPE_CHECKING:
 # Tokens per rank that buffers and run-time compiled kernels are made for, whatever a case has: the time of a
 # call does not depend on it, that of compiling does on how many there are.
 CAPACITY = 8192
+
+_SITE = "{folder}/site/nvidia"
+_JIT = {"CUDA_HOME": "{cuda}", "NVCC_CCBIN": "{cxx}"}  # both branches compile kernels with nvcc at run time
+_VERBS = ("infiniband/verbs.h", "infiniband/mlx5dv.h")  # NVSHMEM's device code is written for the NIC
+
+# DeepEP main, for both of its interfaces. It refuses to load unless torch's NCCL is the very file that it was
+# built with, so the folder has its own, and comes before torch's on the path that torch looks along.
+RECIPE = Recipe(
+    git="https://github.com/deepseek-ai/DeepEP",
+    submodules=("third-party/fmt",),
+    packages=("nvidia-nccl-cu{cuda_major}==2.30.7", "nvidia-nvshmem-cu{cuda_major}==3.4.5"),
+    needs=("git", "nvcc"),
+    headers=("cuda_runtime.h", "cublas_v2.h", *_VERBS),
+    libraries=("cuda",),
+    imports=("setuptools",),
+    build={
+        "EP_NCCL_ROOT_DIR": f"{_SITE}/nccl",
+        "EP_NVSHMEM_ROOT_DIR": f"{_SITE}/nvshmem",
+        "LIBRARY_PATH": f"{_SITE}/nccl/lib:$LIBRARY_PATH",
+    },
+    prepend={"LD_LIBRARY_PATH": ("site/nvidia/nccl/lib", "site/nvidia/nvshmem/lib")},
+    sets={
+        **_JIT,
+        "EP_NCCL_ROOT_DIR": f"{_SITE}/nccl",
+        "NCCL_HOME": f"{_SITE}/nccl",
+        "EP_JIT_CACHE_DIR": "{cache}",
+    },
+    modules=("deep_ep", "deep_ep._C"),
+    versions={"deep_ep": "2.1.0+dd758ca"},
+    nccl="2.30.7",
+)
+HYBRID = Recipe(
+    git="https://github.com/deepseek-ai/DeepEP",
+    packages=("nvidia-nvshmem-cu{cuda_major}==3.4.5", "nvidia-ml-py==13.615.71"),
+    needs=("git", "nvcc"),
+    headers=("cuda_runtime.h", "cublas_v2.h", "cuda/std/tuple", *_VERBS),
+    libraries=("cuda", "nvtx3interop"),
+    imports=("setuptools",),
+    # With NVSHMEM_DIR it links a name that packages do not have.
+    links={"site/nvidia/nvshmem/lib/libnvshmem_host.so": "libnvshmem_host.so.3"},
+    build={"NVSHMEM_DIR": f"{_SITE}/nvshmem"},
+    prepend={"LD_LIBRARY_PATH": ("site/nvidia/nvshmem/lib",), "CPATH": ("{cuda}/include/cccl",)},
+    sets={**_JIT, "HYBRID_EP_CACHE_DIR": "{cache}"},
+    modules=("deep_ep", "hybrid_ep_cpp"),
+    versions={"deep_ep": "1.2.1+94a9f8f"},
+)
 
 
 def load(wanted: str, extension: str, hint: str, version: str | None = None) -> Any:

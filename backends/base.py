@@ -33,26 +33,51 @@ class Source:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How `cx prepare` installs the library into a folder of its own, from its upstream pin.
+    """How `cx prepare` installs the library into a folder of its own, from its upstream pin. In texts
+    `{folder}` stands for that folder, the other names in braces are those of `runtime.toolchain.Here.names`.
 
+    same_as    the backend whose installation is this one's too; nothing else is said then
     packages   exact pip requirements ("name==version"), installed without their dependencies
-    git        repository to build, at the commit `Source.pin`; submodules come along
+    git        repository to build, at the commit `Source.pin`
+    commit     what the pin must be where it is a tag, which can move
+    submodules of the repository that the build needs
     subfolder  of the repository, where its Python project is
-    needs      programs that the build calls
-    build      environment of the build; `{folder}` stands for the library's folder
-    prepend    search path -> entries relative to the library's folder, for the ranks
-    sets       environment of the ranks; `{folder}` as above
-    modules    what must import afterwards
+    isolated   pip builds in an environment of its own: for a build that needs no torch
+    steps      commands in the repository, instead of pip
+    keep       folder of the library -> pattern of what `steps` made in the repository
+    links      symbolic link in the library's folder -> what it names; made before the build
+    needs      programs that the build, or the library itself, calls
+    headers    that the build includes; `libraries` that it links; `imports`, modules that it imports
+    build      environment of the build
+    prepend    search path -> entries, relative to the library's folder, for the ranks
+    sets       environment of the ranks
+    modules    what must import afterwards, each from the library's folder
+    versions   installed Python distribution -> what its version must contain
+    nccl       the version of NCCL that the library is for: its own, and the only one in the process
+    programs   files of the library that must start and answer -h
     """
 
+    same_as: str | None = None
     packages: tuple[str, ...] = ()
     git: str | None = None
+    commit: str | None = None
+    submodules: tuple[str, ...] = ()
     subfolder: str = "."
+    isolated: bool = False
+    steps: tuple[tuple[str, ...], ...] = ()
+    keep: Mapping[str, str] = field(default_factory=dict)
+    links: Mapping[str, str] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
+    headers: tuple[str, ...] = ()
+    libraries: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()
     build: Mapping[str, str] = field(default_factory=dict)
     prepend: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sets: Mapping[str, str] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    nccl: str | None = None
+    programs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,8 +94,11 @@ class Variant:
              x * sum(w). For the first two the harness multiplies by w in the expert step, outside the window.
     casts    MoE: where combine rounds to bf16: "final" (float32 sums, one cast), "rank-partials" (each rank's
              partial sum is cast, then summed in float32 and cast) or "node-partials" (the same by node)
+    in_place  combine takes its rows where dispatch puts them: rows staged once do not outlive the next
+             dispatch, so a chain combines what was dispatched, as if the experts had changed nothing
     paired   dispatch and combine can only be called in turns; they are timed by marks inside the pair
     graph_safe  may be captured in a CUDA/HIP graph
+    validated   where this variant has run, if that is not where its backend has
     """
 
     name: str
@@ -82,8 +110,10 @@ class Variant:
     layout: Literal["token-rank", "token-expert"] = "token-rank"
     combine: Literal["rank-sum", "expert-sum", "weighted-sum"] = "rank-sum"
     casts: Literal["final", "rank-partials", "node-partials"] = "final"
+    in_place: bool = False
     paired: bool = False
     graph_safe: bool = False
+    validated: Literal["hardware", "contract-only"] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +147,10 @@ class Facts:
     @property
     def families(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(v.family for v in self.variants))
+
+    def proven(self, variant: Variant | None) -> Literal["hardware", "contract-only"]:
+        """Where this variant has run and passed; where the backend has, without one."""
+        return variant.validated or self.validated if variant is not None else self.validated
 
     def variant(self, case: Case) -> Variant | None:
         """The variant that a case names, or None."""

@@ -67,6 +67,7 @@ FACTS = Facts(
         PIN,
         "newest main (2.1.0); needs NCCL 2.30.4 or newer, the same at build and run time",
     ),
+    recipe=_deepep.RECIPE,
     devices=("cuda",),
     env={"EP_DISABLE_GIN": "1"},  # without a NIC its NCCL context asserts otherwise; NVLink needs no GIN
     variants=tuple(

@@ -60,6 +60,7 @@ FACTS = Facts(
         PIN,
         "head of the branch hybrid-ep; it has no releases",
     ),
+    recipe=_deepep.HYBRID,
     devices=("cuda",),
     variants=(
         Variant(

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..runtime.types import Case, Moe
 from . import _deepep, base
-from .base import Context, Facts, Received, Source, Variant
+from .base import Context, Facts, Received, Recipe, Source, Variant
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,7 @@ FACTS = Facts(
         PIN,
         "newest main with both interfaces; the V1 kernels of 1.2.1 with wider top-k and hidden sizes",
     ),
+    recipe=Recipe(same_as="deepep"),
     devices=("cuda",),
     env={
         # A send queue must hold two rows more than twice the tokens; it costs nothing over NVLink.

@@ -72,8 +72,14 @@ FACTS = Facts(
     recipe=Recipe(
         packages=("flashinfer-python==0.7.2", "apache-tvm-ffi==0.1.15.post2"),
         needs=("nvcc", "ninja"),
-        sets={"FLASHINFER_WORKSPACE_BASE": "{folder}", "FLASHINFER_DISABLE_VERSION_CHECK": "1"},
+        sets={
+            "CUDA_HOME": "{cuda}",
+            "NVCC_CCBIN": "{cxx}",
+            "FLASHINFER_WORKSPACE_BASE": "{cache}",
+            "FLASHINFER_DISABLE_VERSION_CHECK": "1",
+        },
         modules=("flashinfer.comm",),
+        versions={"flashinfer-python": "0.7.2"},
     ),
     validated="hardware",
 )

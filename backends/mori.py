@@ -75,7 +75,12 @@ FACTS = Facts(
     index_dtype="int32",
     knobs=("block_num", "rdma_block_num", "warps"),
     recipe=Recipe(
-        git="https://github.com/ROCm/mori", needs=("git", "cmake", "hipcc"), modules=("mori", "mori.ops")
+        git="https://github.com/ROCm/mori",
+        submodules=("3rdparty/msgpack-c", "3rdparty/spdlog"),
+        isolated=True,
+        needs=("git", "cmake", "hipcc"),
+        build={"MORI_GPU_ARCHS": "{arch}"},
+        modules=("mori", "mori.ops"),
     ),
     validated="contract-only",
 )

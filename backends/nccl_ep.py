@@ -97,9 +97,19 @@ FACTS = Facts(
     ),
     recipe=Recipe(
         packages=(f"nccl4py=={PIN}", "nvidia-nccl-cu13==2.30.7"),
+        needs=("nvcc",),  # high throughput compiles its kernels at run time
         prepend={"LD_LIBRARY_PATH": ("site/nvidia/nccl/lib",)},
-        sets={"NCCL_HOME": "{folder}/site/nvidia/nccl"},
+        sets={
+            "CUDA_HOME": "{cuda}",
+            "NCCL_HOME": "{folder}/site/nvidia/nccl",
+            "NCCL_EP_HOME": "{folder}/site/nccl/ep",
+            "NCCL_EP_JIT_SOURCE_DIR": "{folder}/site/nccl/ep/include/nccl_ep",
+            "NCCL_EP_JIT_BUILD_INCLUDE_DIR": "{folder}/site/nvidia/nccl/include",
+            "NCCL_EP_JIT_CACHE_DIR": "{cache}",
+        },
         modules=("nccl.core", "nccl.ep"),
+        versions={"nccl4py": PIN},
+        nccl="2.30.7",
     ),
     validated="hardware",
 )
@@ -149,7 +159,7 @@ class Backend:
 
 
 def _import() -> Any:
-    how = f"install nccl4py=={PIN} and nvidia-nccl-cu13 2.30.7 in a folder before torch's own on PYTHONPATH"
+    how = f"`cx prepare --backend nccl_ep` installs nccl4py=={PIN} and NCCL 2.30.7 before torch's own"
     try:
         import nccl  # pyright: ignore[reportMissingImports]
         import nccl.core  # pyright: ignore[reportMissingImports]

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..runtime.types import Case, Collective, Moe
 from . import _deepep, base
-from .base import CollectiveCall, Context, Facts, MissingLibrary, Source, Variant
+from .base import CollectiveCall, Context, Facts, MissingLibrary, Recipe, Source, Variant
 from .deepep_legacy import Cached, LowLatency, Normal, ll_capacity
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ LL_TOPK = 9
 PROBE_BYTES = 4096
 LARGEST_LL = 1024  # tokens: its four buffers then take 14 GiB a rank for DeepSeek-V3
 
-_HINT = f"install uccl {VERSION} and copy ep/deep_ep_wrapper/deep_ep of the same commit as uccl_deepep"
+_HINT = f"`cx prepare --backend uccl_ep` installs uccl {VERSION} and the wrapper of the same commit"
 _COMBINE = "rows back through channel queues, float32 sum over ranks, one cast to bf16"
 _DTYPES = ("bf16", "fp8")
 
@@ -64,6 +64,17 @@ FACTS = Facts(
         "https://github.com/uccl-project/uccl",
         "73ee4f12ba71717d6de34ba06806e1baaabe3f42",
         f"v{VERSION}, the newest release; wrapper and extension must be of one commit",
+    ),
+    # The extension is a wheel, built for CUDA 12; the wrapper, from the repository, calls itself deep_ep.
+    recipe=Recipe(
+        git="https://github.com/uccl-project/uccl",
+        subfolder="ep/deep_ep_wrapper",
+        packages=(f"uccl=={VERSION}", "nvidia-cuda-runtime-cu12==12.9.79"),
+        needs=("git",),
+        imports=("setuptools",),
+        prepend={"LD_LIBRARY_PATH": ("site/nvidia/cuda_runtime/lib",)},
+        modules=("uccl.ep", "deep_ep"),
+        versions={"uccl": VERSION, "deep_ep": "0.1.0"},
     ),
     devices=("cuda",),
     variants=(

@@ -23,7 +23,7 @@ _PACKAGES = {
 }
 _INSTALL = "`pip install .` in the checkout installs what CollectiveX needs; `make bench` does it in a .venv"
 _TORCH = "use the python of a container that has it, or `pip install 'collectivex[cpu]'` for a CPU"
-HIDDEN = ("worker", "rank", "health")  # what the launchers start, in the place where ranks run
+HIDDEN = ("worker", "rank", "health", "install")  # what the launchers start, in the place where ranks run
 _FORMATS = ("table", "json")
 
 
@@ -141,6 +141,7 @@ def parser() -> Parser:
         _worker,
         _rank,
         _health,
+        _install,
     ):
         add(commands)
     return top
@@ -224,6 +225,8 @@ def _prepare(commands: Any) -> None:
     p.add_argument(
         "--backend", type=_names, action="extend", required=True, metavar="NAMES", help="may be repeated"
     )
+    p.add_argument("--sku", metavar="SKU", help="inside the image of this pool; default: with this Python")
+    p.add_argument("--site", metavar="FILE", help="accounts, partitions, folders; default: $COLLECTIVEX_SITE")
     p.add_argument("--force", action="store_true", help="again, even if the pinned one is there")
 
 
@@ -261,6 +264,17 @@ def _health(commands: Any) -> None:
     p.set_defaults(handler=".health")
     p.add_argument("--vendor", required=True, metavar="VENDOR")
     p.add_argument("--out", required=True, metavar="DIR")
+
+
+def _install(commands: Any) -> None:
+    """Into a folder, where we are. Hidden."""
+    p = commands.add_parser("install")
+    p.set_defaults(handler=".install")
+    p.add_argument("--backend", required=True, metavar="NAME")
+    p.add_argument("--libraries", required=True, metavar="DIR")
+    p.add_argument("--arch", metavar="ARCH")
+    p.add_argument("--cache", required=True, metavar="DIR")
+    p.add_argument("--force", action="store_true")
 
 
 def _command(commands: Any, name: str, handler: str, what: str) -> Parser:

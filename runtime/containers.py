@@ -1,7 +1,8 @@
 """How a rank gets into its image: argument lists for each container program. Pure functions.
 
-Everywhere the same: the repository is mounted read-only at its own path, the output folder writable at its
-own path, the image's own Python runs our runner, nothing of the user's home is there.
+Everywhere the same: the repository and what was prepared inside the image are mounted read-only, the output
+folder writable, each at its own path; the image's own Python runs our runner, nothing of the user's home is
+there.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Container:
     python   the Python that runs the ranks, inside
     mounts   folder -> writable; the same path inside and outside
     rdma     whether the network between nodes is used: its devices, and memory locked without limit
+    libraries  the folder of what was prepared inside this image, see prepared.of_image; None without an image
     """
 
     kind: str
@@ -36,6 +38,7 @@ class Container:
     python: str
     mounts: Mapping[Path, bool] = field(default_factory=dict)
     rdma: bool = False
+    libraries: Path | None = None
 
     def __post_init__(self) -> None:
         for path in self.mounts:

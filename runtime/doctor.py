@@ -13,13 +13,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..backends.base import Facts
-from . import detect, machine, registry
+from . import detect, environment, machine, prepared, registry
 from .checkup import Line, limit_lines, machine_lines
 from .errors import CollectiveXError
 from .smi import Links
@@ -72,7 +72,7 @@ def examine() -> Report:
         line, runs = backend_line(facts, torch)
         report.lines.append(line)
         report.runnable += [facts.name] if runs else []
-    report.lines += [*broken, *limit_lines()]
+    report.lines += [*broken, *prepared_lines(found), *limit_lines()]
     return report
 
 
@@ -170,11 +170,12 @@ def backend_line(facts: Facts, torch: Mapping[str, Any]) -> tuple[Line, bool]:
         return missing(f"needs {wants} that torch sees", "run it on such a machine: cx plan --sku NAME")
     state, hint, what = "ok", None, facts.source.pin
     if facts.source.kind != "bundled":
-        installed = installed_version(facts)
+        ready = prepared.read(prepared.folder(facts.name))
+        installed = installed_version(facts) if ready is None else f"{ready.get('pin')}, prepared,"
         if installed is None:
             return missing(f"{facts.source.name} is not installed", how_to_get(facts))
         what = installed
-        if facts.source.kind == "package" and installed != facts.source.pin:
+        if ready is None and facts.source.kind == "package" and installed != facts.source.pin:
             state, hint = "warn", f"pinned is {facts.source.pin}: {facts.source.why}"
     unproven = "" if facts.validated == "hardware" else ", never yet run on its hardware"
     return Line("backends", facts.name, state, f"{what} on {', '.join(usable)}{unproven}", hint), True
@@ -201,8 +202,29 @@ def installed_version(facts: Facts) -> str | None:
         return "found"
 
 
+def prepared_lines(backends: Sequence[Facts]) -> Iterator[Line]:
+    """Every library that `cx prepare` installed: its pin, what loads, where it is, how its check ended."""
+    pins = {facts.name: facts.source.pin for facts in backends}
+    for name, path, said in prepared.installed():
+        check = said.get("check") or {"state": "unchecked", "said": "not made by `cx prepare`"}
+        inside = path.parent != environment.libraries_dir()
+        again = f"cx prepare --backend {name}{' --sku SKU' if inside else ''}"
+        where = f"{path}, inside the image {path.parent.name}" if inside else str(path)
+        value = f"{said.get('pin') or 'no pin'}, {check['state']}: {check['said']}; {where}"
+        state, hint = "warn", None
+        if name in pins and said.get("pin") not in (None, pins[name]):
+            hint = f"pinned is {pins[name]}: {again}"
+        elif check["state"] == prepared.UNTRIED:
+            hint = f"`{again}` where the driver is tries it, without building it again"
+        elif check["state"] == prepared.PASSED:
+            state = "ok"
+        yield Line("prepared", name, state, value, hint)
+
+
 def how_to_get(facts: Facts) -> str:
     source = facts.source
+    if facts.recipe is not None:
+        return f"cx prepare --backend {facts.name}: {source.pin} of {source.name} ({source.why})"
     if source.kind == "package":
         return f"pip install {source.name}=={source.pin} ({source.why})"
     if source.kind == "git":

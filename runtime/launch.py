@@ -155,28 +155,32 @@ class Launch:
 
     def container(self, job: str) -> tuple[Container, dict[str, str | None] | None]:
         """How ranks of a step get into the image, and the image as provenance tells it."""
-        if self.sku.container == "none":
-            return self.mounted(None), None
-        name = self.pool.image or self.sku.image or Path(self.pool.image_file or "").name
-        image: dict[str, str | None] = {"reference": name, "digest": None, "arch": self.sku.cpu}
-        if self.pool.image_file:
-            path = Path(self.pool.image_file)
-            if self.pool.import_on == "login" and not path.is_file():
-                raise InfraError(
-                    f"the image file {path.name} does not exist", "see image_file in the site file"
-                )
-            return self.mounted(str(path)), image
-        reference = images.parse(name)
-        if self.sku.container == "podman":
-            digest = images.resolve(reference)
-            return self.mounted(f"{reference.name.rpartition(':')[0]}@{digest}"), {**image, "digest": digest}
-        before = recipe.import_prefix(job) if self.pool.import_on == "compute" else []
-        folder = Path(self.pool.image_folder or "")
-        path, digest = images.ensure(reference, self.sku.cpu, folder, say, before, run)
-        return self.mounted(str(path)), {**image, "digest": digest}
+        image, told = step_image(self.sku, self.pool, job)
+        return self.mounted(image), told
 
     def mounted(self, image: str | None) -> Container:
         return recipe.mounted(self.sku, self.pool, image, self.root, self.shared)
+
+
+def step_image(sku: Sku, pool: Pool, job: str) -> tuple[str | None, dict[str, str | None] | None]:
+    """What a step of a job names as its image, and the image as provenance tells it; None without one."""
+    if sku.container == "none":
+        return None, None
+    name = pool.image or sku.image or Path(pool.image_file or "").name
+    image: dict[str, str | None] = {"reference": name, "digest": None, "arch": sku.cpu}
+    if pool.image_file:
+        path = Path(pool.image_file)
+        if pool.import_on == "login" and not path.is_file():
+            raise InfraError(f"the image file {path.name} does not exist", "see image_file in the site file")
+        return str(path), image
+    reference = images.parse(name)
+    if sku.container == "podman":
+        digest = images.resolve(reference)
+        return f"{reference.name.rpartition(':')[0]}@{digest}", {**image, "digest": digest}
+    before = recipe.import_prefix(job) if pool.import_on == "compute" else []
+    folder = Path(pool.image_folder or "")
+    path, digest = images.ensure(reference, sku.cpu, folder, say, before, run)
+    return str(path), {**image, "digest": digest}
 
 
 def status_of(error: CollectiveXError) -> Status:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from . import environment, fabric, images, slurm
+from ..backends.base import Program
+from . import environment, fabric, images, prepared, registry, slurm
 from .commands import shown
 from .containers import Container
 from .health import Wanted
 from .matrix import Planned
-from .mechanism import local_ranks
+from .mechanism import allowed_s, local_ranks, processes
 from .processes import worker_command
 from .site import Pool
 from .sku import Sku
 from .started import ContainerMechanism, SlurmMechanism, pulled_as
 from .starting import LauncherProcesses
-from .supervise import GRACE_S, Watch
+from .types import Case
 from .yamlfile import ROOT
 
 # What only the run itself can know.
@@ -26,12 +28,15 @@ JOB, EXECUTION, NODE, CASES = "JOBID", "EXECUTION", "NODE0", "logs/ATTEMPT/cases
 
 
 def mounted(sku: Sku, pool: Pool, image: str | None, root: Path, out: Path) -> Container:
-    """The pool's container: code read-only, results writable, nothing else."""
-    outside = sku.container == "none"
-    python = (pool.python or sys.executable) if outside else "python3"
-    mounts = {} if outside else {root: False, out.resolve(): True}
+    """The pool's container: code and prepared libraries read-only, results writable, nothing else."""
+    if sku.container == "none":
+        return Container("none", image, sku.vendor, pool.python or sys.executable)
+    mounts, libraries = {root: False, out.resolve(): True}, None
+    if image:
+        libraries = prepared.of_image(image, sku.cpu, sku.arch)
+        mounts |= {libraries: False} if libraries.is_dir() else {}
     rdma = sku.nodes > 1 and pool.fabric(sku).transport in fabric.RDMA
-    return Container(sku.container, image, sku.vendor, python, mounts, rdma)
+    return Container(sku.container, image, sku.vendor, "python3", mounts, rdma, libraries)
 
 
 def settings(sku: Sku, pool: Pool) -> dict[str, str]:
@@ -60,12 +65,15 @@ def lines(
     for name, value in {**sku.env, **settings(sku, pool)}.items():
         yield f"# every rank: {name}={value}"
     container = mounted(sku, pool, image, root, shared)
-    for name, cells in _shards(planned).items():
-        ranks, nodes = cells[0].cell.case.ranks, cells[0].cell.case.nodes
-        yield f"# {name}: {len(cells)} cells, {ranks} ranks on {nodes} node{'s'[: nodes > 1]}"
-        seconds = Watch.setup_s + sum(p.cell.case.deadline_s + GRACE_S for p in cells)
+    shards = _shards(planned)
+    yield from _libraries(container, [cells[0].cell.case.backend for cells in shards.values()])
+    for name, cells in shards.items():
+        cases = [p.cell.case for p in cells]
+        nodes, program = cases[0].nodes, isinstance(registry.load(cases[0].backend), Program)
+        yield f"# {name}: {len(cells)} cells, {cases[0].ranks} ranks on {nodes} node{'s'[: nodes > 1]}"
         files = ("--cases", str(shared / CASES.replace("ATTEMPT", f"{name}.0")), "--out", str(shared))
-        yield from _group(sku, container, root, name, ranks, nodes, seconds, files)
+        launched = replace(sku, start="ranker") if program else sku
+        yield from _group(launched, container, root, name, cases, files)
     unsupported = sum(p.unsupported is not None for p in planned)
     yield f"# {len(planned)} cells in all, {unsupported} unsupported"
 
@@ -102,6 +110,14 @@ def _image(sku: Sku, pool: Pool) -> Iterator[str]:
     return str(target)
 
 
+def _libraries(container: Container, backends: Sequence[str]) -> Iterator[str]:
+    """Where ranks find what `cx prepare` installed inside the image, for backends that can be prepared."""
+    names = [name for name in dict.fromkeys(backends) if registry.load(name).facts.recipe is not None]
+    if names and container.libraries is not None:
+        found = "read-only" if container.libraries in container.mounts else "read-only, once it is there"
+        yield f"# prepared libraries of {', '.join(names)}: {container.libraries}, mounted {found}"
+
+
 def _shards(planned: Sequence[Planned]) -> dict[str, list[Planned]]:
     found: dict[str, list[Planned]] = {}
     for item in planned:
@@ -115,12 +131,11 @@ def _group(
     container: Container,
     root: Path,
     name: str,
-    ranks: int,
-    nodes: int,
-    seconds: float,
+    cases: Sequence[Case],
     files: Sequence[str],
 ) -> Iterator[str]:
     """Health, the group, health again."""
+    nodes, ranks, seconds = cases[0].nodes, processes(cases[0]), allowed_s(cases)
     if sku.mechanism == "process":
         if sku.start != "ranker":
             yield shown(LauncherProcesses(sku.start, root).argv(files, ranks))
@@ -128,7 +143,7 @@ def _group(
         yield f"# {ranks} times, as ranks 0 to {ranks - 1}:"
         yield shown(worker_command(*files))
         return
-    wanted = Wanted(sku.vendor, ranks // nodes, sku.product)
+    wanted = Wanted(sku.vendor, cases[0].ranks // nodes, sku.product)
     look = ("health", "--vendor", sku.vendor, "--out", f"{files[-1]}/logs/{name}.health")
     group = f"cx-{EXECUTION}-{name}.0"
     if sku.mechanism == "docker":

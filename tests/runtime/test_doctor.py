@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from collectivex.backends.base import Facts, Source
-from collectivex.runtime import detect, doctor, registry, torch_probe
+from collectivex.backends.base import Facts, Recipe, Source
+from collectivex.runtime import detect, doctor, prepared, registry, torch_probe
 from collectivex.runtime.errors import UserError
 from collectivex.runtime.smi import Links
 
@@ -42,15 +42,19 @@ def run(monkeypatch, capsys, torch, backends=(BUNDLED,), form="text"):
     return code, capsys.readouterr().out
 
 
-def test_the_real_command_answers_on_this_machine():
+def test_the_real_command_answers_on_this_machine(monkeypatch, tmp_path):
     """As a user starts it: exit code 0 because torch's gloo is here, JSON that parses, no traceback."""
+    monkeypatch.setenv("CX_LIBRARIES", str(tmp_path))
+    write(tmp_path / "lib", pin="1")
     argv = [sys.executable, "-m", "collectivex", "doctor", "--format", "json"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
     told = json.loads(done.stdout)
 
     assert done.returncode == 0
     assert "torch_dist" in told["runnable"]
-    assert {line["section"] for line in told["lines"]} == {"machine", "software", "backends", "limits"}
+    assert {line["section"] for line in told["lines"]} == {
+        *("machine", "software", "backends", "prepared", "limits")
+    }
     assert all(line["hint"] for line in told["lines"] if line["state"] == "missing")
 
 
@@ -233,6 +237,47 @@ def test_a_program_is_looked_for_on_the_path(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
 
     assert doctor.installed_version(facts("git", "NVIDIA/nccl-tests")) == "found"
+
+
+def write(folder: Path, **said: object) -> None:
+    folder.mkdir(parents=True)
+    (folder / prepared.FILE).write_text(json.dumps(said))
+
+
+def test_prepared_libraries_are_listed_with_pin_outcome_and_place(monkeypatch, tmp_path):
+    """What loads from where, whether it was ever loaded, and how to make an old one anew."""
+    monkeypatch.setenv("CX_LIBRARIES", str(tmp_path))
+    passed = {"state": "passed", "said": "lib 1.2, nccl 2.30.7"}
+    untried = {"state": "untried", "said": "there is no driver here"}
+    write(tmp_path / "lib", pin="1.2", check=passed)
+    write(tmp_path / "4f1c.x86_64.sm90" / "lib", pin="1.1", check=passed)
+    write(tmp_path / "4f1c.x86_64.sm90" / "other", pin="7", check=untried)
+    write(tmp_path / "byhand", set={})
+    lines = {line.value: line for line in doctor.prepared_lines([facts("package", "lib")])}
+
+    outside, hand, old, never = sorted(lines, key=lambda value: ("image" in value, value))
+    assert outside == f"1.2, passed: lib 1.2, nccl 2.30.7; {tmp_path / 'lib'}"
+    assert (lines[outside].state, lines[outside].hint) == ("ok", None)
+    assert hand.startswith("no pin, unchecked: ")
+    assert old.endswith("4f1c.x86_64.sm90/lib, inside the image 4f1c.x86_64.sm90")
+    assert lines[old].hint == "pinned is 1.2: cx prepare --backend lib --sku SKU"
+    assert "untried" in never
+    assert lines[never].hint.startswith("`cx prepare --backend other --sku SKU` where the driver is tries it")
+    assert {lines[value].state for value in (hand, old, never)} == {"warn"}
+
+
+def test_a_prepared_library_counts_as_installed(monkeypatch, tmp_path):
+    """It is not importable here: only its ranks see it. Without it there is the command that installs it."""
+    monkeypatch.setenv("CX_LIBRARIES", str(tmp_path))
+    backend = facts("git", "https://x.org/a/NoSuch.git", recipe=Recipe())
+    line, runs = doctor.backend_line(backend, CUDA)
+    assert (line.state, runs) == ("missing", False)
+    assert line.hint.startswith("cx prepare --backend lib: 1.2 of https://x.org/a/NoSuch.git")
+
+    write(tmp_path / "lib", pin="1.2")
+    line, runs = doctor.backend_line(backend, CUDA)
+    assert (line.state, runs) == ("ok", True)
+    assert line.value.startswith("1.2, prepared, on cuda")
 
 
 def test_a_backend_that_cannot_be_loaded_is_a_line(monkeypatch):
