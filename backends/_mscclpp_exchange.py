@@ -30,15 +30,22 @@ _abandoned: list[Any] = []
 
 
 class _Exchange:
-    """A communicator of its own for one case, on the group that all cases share."""
+    """A communicator of its own for one case, on a bootstrap of its own.
+
+    A bootstrap that carries a second communicator still maps the first one's semaphores: it keeps the last
+    thing received for each (rank, tag), Communicator::Impl::lastRecvItems_. The peers have freed that memory
+    and export the same addresses again, so one open in some 25 ended in "resource already mapped" or in a
+    segmentation fault (seen on 4 and 2 H200).
+    """
 
     wire: Mapping[str, int] = {}
 
     def __init__(self, backend: Backend, case: Case, problem: MoeProblem, **config: Any):
         shape = problem.shape
         self.context, self.ep, self.problem = backend.context, backend.ep, problem
+        self.group: Any = backend.mscclpp.CommGroup(torch_group=self.context.group)
         self.comm: Any = backend.ep.MoECommunicator(
-            comm=backend.group,
+            comm=self.group,
             num_experts=shape.experts,
             hidden_size=shape.hidden,
             topk=shape.topk,
@@ -60,10 +67,11 @@ class _Exchange:
             return
         self.context.device.synchronize()
         self.context.ranks.barrier()
-        for name in ("comm", "last", "buffer", "first", "current"):
-            self.__dict__.pop(name, None)
-        gc.collect()
-        self.context.ranks.barrier()
+        for names in (("comm", "last", "buffer", "first", "current"), ("group",)):  # the bootstrap goes last
+            for name in names:
+                self.__dict__.pop(name, None)
+            gc.collect()
+            self.context.ranks.barrier()
 
 
 class _Latency(_Exchange):
@@ -130,11 +138,42 @@ class ExpertMajor(_Latency):
 
 
 class RankMajor(_Latency):
-    """Rows [R * T, H], for each source rank compact from its first slot on, and combine rows [R * T, K, H] in
-    the library's own buffer: with `rank-major-direct` dispatch leaves that buffer alone."""
+    """Rows [R * T, H], for each source rank compact from its first slot on. combine takes them from where
+    dispatch put them: `stage` writes over the tokens, and without it combine gives them back."""
 
     def __init__(self, backend: Backend, case: Case, problem: MoeProblem):
         super().__init__(backend, case, problem, backend.ep.DispatchLayout.RANK_MAJOR)
+
+    def combine(self, state: State, staged: None) -> torch.Tensor:
+        return self.comm.combine(state.out.combine_input_buffer, state.handle, out=self.combined)
+
+    def received(self, state: State) -> Received:
+        import torch
+
+        filled, problem = self._filled(state), self.problem
+        ids, weights = state.out.topk_ids[filled].long(), state.out.weights[filled]
+        here = ids != problem.shape.experts
+        local = torch.where(here, ids - problem.first_local_expert, -1)
+        return Received(state.out.tokens[filled], local, None, torch.where(here, weights, 0.0))
+
+    def stage(self, state: State, rows: torch.Tensor) -> None:
+        state.out.combine_input_buffer[self._filled(state)] = rows
+
+    def _filled(self, state: State) -> torch.Tensor:
+        """[R * T] bool: slots that hold a row."""
+        import torch
+
+        counts = state.out.layout.num_tokens_per_rank
+        slots = torch.arange(self.problem.capacity, device=counts.device)
+        return (slots < counts[:, None]).view(-1)
+
+
+class RankMajorDirect(RankMajor):
+    """The same rows, and combine rows [R * T, K, H] in another buffer of the library, which dispatch leaves
+    alone."""
+
+    def __init__(self, backend: Backend, case: Case, problem: MoeProblem):
+        super().__init__(backend, case, problem)
         self.current: Any = None  # what the library's combine buffer holds
 
     def combine(self, state: State, staged: torch.Tensor) -> torch.Tensor:
@@ -166,11 +205,7 @@ class RankMajor(_Latency):
 
     def _picks(self, state: State) -> torch.Tensor:
         """[R * T, K] bool: expert ids that came and are this rank's."""
-        import torch
-
-        counts, ids = state.out.layout.num_tokens_per_rank, state.out.topk_ids
-        filled = torch.arange(self.problem.capacity, device=ids.device) < counts[:, None]
-        return filled.view(-1, 1) & (ids != self.problem.shape.experts)
+        return self._filled(state)[:, None] & (state.out.topk_ids != self.problem.shape.experts)
 
 
 class Throughput(_Exchange):

@@ -9,25 +9,25 @@ Facts that shape the adapter, read in the kernels of 3d02152b
   expert-major         combine weighs and sums a rank's picks in float32, casts that partial sum to bf16 and
                        sends it; the source adds the partial sums in float32 and casts again.
   expert-major-direct  combine sends the expert outputs as they are; the source weighs and sums in float32.
-  rank-major           with RANK_LOCAL_REDUCE combine takes its rows where dispatch put the tokens, so rows
-                       staged once do not outlive the next dispatch: the harness cannot chain it.
+  rank-major           with RANK_LOCAL_REDUCE combine takes its rows where dispatch put the tokens: a chain
+                       gives back what came.
   rank-major-direct    combine fetches a row for every pick from a buffer of its own. What dispatch delivers
                        is one row per token and rank; `received` repeats it for each of its local experts.
   THROUGHPUT  one row per token and rank in a receive pool; combine copies the staged rows into that pool,
               sums in float32 and casts once. So what came can be looked at before combine only: no check of a
               replayed graph is possible, although cached routing can be captured.
   The destructor of a communicator is collective: `close` drops all views of its memory on all ranks at once.
+  A bootstrap is used for one communicator only: see _mscclpp_exchange._Exchange.
 """
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.types import Case, Collective, Moe
 from . import base
-from .base import CollectiveCall, Context, Facts, MissingLibrary, Source, Variant
+from .base import CollectiveCall, Context, Facts, MissingLibrary, Recipe, Source, Variant
 
 if TYPE_CHECKING:
     from ..runtime.problem import MoeProblem
@@ -47,10 +47,6 @@ _BY_RANK = "write each row once per rank with its ids and weights, wait, counts"
 _LOCAL = "weigh and sum each rank's picks, one cast to bf16, send, wait, float32 sum over ranks, one cast"
 _DIRECT = "send every pick's row, wait, weighted float32 sum, one cast"
 _POOL = "copy of the staged rows into the pool, wait, fetch, float32 sum over ranks, one cast; weights too"
-_IN_PLACE = (
-    "rank-major with rank-local reduction combines in the buffer that the next dispatch fills: "
-    "rows staged once cannot be chained"
-)
 
 
 def _latency(name: str, there: str, back: str, dtypes: tuple[str, ...], **model: Any) -> Variant:
@@ -66,6 +62,26 @@ FACTS = Facts(
         "https://github.com/microsoft/mscclpp",
         PIN,
         "the newest commit of feature/ep, which replaces the DeepEP-shaped mscclpp.ext.ep of PR 796",
+    ),
+    # On one node, where this is driven, it needs neither verbs nor GDRCopy.
+    recipe=Recipe(
+        git="https://github.com/microsoft/mscclpp",
+        packages=(
+            *("blake3==1.0.11", "sortedcontainers==2.4.0"),
+            *("cupy-cuda{cuda_major}x==14.2.0", "cuda-pathfinder==1.9.0"),
+        ),
+        isolated=True,
+        needs=("git", "nvcc"),
+        headers=("cuda_runtime.h", "nvml.h", "numa.h"),
+        libraries=("cuda", "nvidia-ml", "numa"),
+        imports=("numpy",),
+        build={
+            "CMAKE_ARGS": "-DMSCCLPP_BYPASS_GPU_CHECK=ON -DMSCCLPP_USE_CUDA=ON -DMSCCLPP_GPU_ARCHS={sm} "
+            "-DMSCCLPP_USE_IB=OFF -DMSCCLPP_USE_GDRCOPY=OFF -DMSCCLPP_BUILD_EXT_NCCL=OFF"
+        },
+        sets={"CUDA_HOME": "{cuda}"},
+        modules=("mscclpp", "mscclpp.ep", "mscclpp.mscclpp_ep_cpp"),
+        versions={"mscclpp": f"g{PIN[:7]}"},
     ),
     devices=("cuda",),
     variants=(
@@ -86,7 +102,14 @@ FACTS = Facts(
             layout="token-expert",
             combine="weighted-sum",
         ),
-        _latency("rank-major", _BY_RANK, "wait, fetch each rank's row, float32 sum, one cast", ("bf16",)),
+        _latency(
+            "rank-major",
+            _BY_RANK,
+            "wait, fetch each rank's row, float32 sum, one cast",
+            ("bf16",),
+            in_place=True,
+            validated="contract-only",
+        ),
         _latency(
             "rank-major-direct",
             _BY_RANK,
@@ -133,17 +156,15 @@ class Backend:
         """Raises MissingLibrary without mscclpp.ep, with the older line, or with another commit."""
         self.context, self.mscclpp = context, _import()
         self.ep = self.mscclpp.ep
-        self.group = self.mscclpp.CommGroup(torch_group=context.group)
 
     def collective(self, case: Case, shape: Collective) -> CollectiveCall:
         raise NotImplementedError("mscclpp_ep has no collectives")
 
     def moe(self, case: Case, problem: MoeProblem) -> base.Exchange:
-        from ._mscclpp_exchange import ExpertMajor, RankMajor, Throughput
+        from ._mscclpp_exchange import ExpertMajor, RankMajor, RankMajorDirect, Throughput
 
-        if case.mode != "low-latency":
-            return Throughput(self, case, problem)
-        return (RankMajor if "rank-major" in case.variant else ExpertMajor)(self, case, problem)
+        kinds = {"rank-major": RankMajor, "rank-major-direct": RankMajorDirect, "throughput": Throughput}
+        return kinds.get(case.variant, ExpertMajor)(self, case, problem)
 
     def versions(self) -> Mapping[str, str]:
         extension = self.mscclpp.mscclpp_ep_cpp.__file__.rsplit("/", 1)[-1]
@@ -151,13 +172,11 @@ class Backend:
         return {"mscclpp": str(self.mscclpp.__version__), "commit": commit, "extension": extension}
 
     def close(self) -> None:
-        """After the last exchange: the bootstrap goes last."""
-        self.group = None
-        gc.collect()
+        """Nothing is left: every exchange has freed what it made."""
 
 
 def _import() -> Any:
-    how = f"build {FACTS.source.name} at {PIN[:8]} (branch feature/ep)"
+    how = f"`cx prepare --backend mscclpp_ep` builds {PIN[:8]} of branch feature/ep"
     try:
         import mscclpp  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -179,8 +198,6 @@ def _import() -> Any:
 
 
 def _latency_limit(case: Case, shape: Moe) -> str | None:
-    if case.variant == "rank-major":
-        return _IN_PLACE
     if shape.hidden not in LATENCY_HIDDEN:
         return (
             f"its latency kernels exist for hidden {', '.join(map(str, LATENCY_HIDDEN))}, not {shape.hidden}"

@@ -124,20 +124,34 @@ def expected_combined(problem: MoeProblem, variant: Variant, input_set: int) -> 
 
 def chain_rows(received: Received, problem: MoeProblem, variant: Variant) -> torch.Tensor:
     """[N, H] bf16 rows to stage once for a whole chain: all the same, coded by rank and column, so that the
-    combined output does not depend on the order in which a later dispatch delivers."""
+    combined output does not depend on the order in which a later dispatch delivers. Where combine works in
+    place, the rows that came."""
     check_model(variant)
+    if variant.in_place:
+        return received.rows
     row = _chain_row(problem.rank, problem.shape.hidden, problem.device).to(torch.bfloat16)
     return row.expand(received.rows.shape[0], -1).contiguous()
 
 
 def expected_chain(problem: MoeProblem, variant: Variant) -> torch.Tensor:
-    """[T_r, H] bf16: what combine returns when every rank has staged its `chain_rows`."""
+    """[T_r, H] bf16: what combine returns when every rank has staged its `chain_rows`; in place, when every
+    rank gives back what it got of the present inputs."""
     plan = _Plan(problem, variant)
     hidden = problem.shape.hidden
+    if variant.in_place:
+        return _given_back(problem, plan)
     table = torch.stack([_chain_row(rank, hidden, problem.device) for rank in range(problem.size)])
     out = torch.empty_like(problem.x)
     for rows in chunks(problem.tokens, hidden * plan.kept):
         out[rows] = plan.combine(rows, lambda k, rows=rows: table[plan.ranks[rows, k].clamp(min=0)])
+    return out
+
+
+def _given_back(problem: MoeProblem, plan: _Plan) -> torch.Tensor:
+    ids, out = problem.own_ids(), torch.empty_like(problem.x)
+    for rows in chunks(problem.tokens, problem.shape.hidden * plan.kept):
+        x = problem.payload(ids[rows], problem.input_set)
+        out[rows] = plan.combine(rows, lambda k, x=x: x)
     return out
 
 

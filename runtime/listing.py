@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..backends.base import Variant
 from . import registry, sku, suite
 from .types import REGIMES
 
@@ -44,7 +45,7 @@ def _backends() -> list[dict[str, Any]]:
     rows = []
     for name in registry.visible():
         facts = registry.load(name).facts
-        variants = [f"{v.mode}/{v.name}" if v.name else v.mode for v in facts.variants]
+        variants = [_variant(v) for v in facts.variants]
         rows.append(
             {
                 "backend": name,
@@ -57,6 +58,11 @@ def _backends() -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _variant(variant: Variant) -> str:
+    name = f"{variant.mode}/{variant.name}" if variant.name else variant.mode
+    return f"{name} ({variant.validated})" if variant.validated else name
 
 
 def _suites() -> list[dict[str, Any]]:

@@ -90,6 +90,7 @@ class CommGroup:
     ):
         must(torch_group is not None, "the fake only bootstraps through torch")
         self.my_rank, self.nranks = torch_group.rank(), torch_group.size()
+        self.carried = 0
 
 
 class MoECommunicator:
@@ -99,6 +100,8 @@ class MoECommunicator:
         self.config = config or MoECommunicatorConfig(**kwargs)
         c = self.config
         must(isinstance(c.comm, CommGroup), "comm is a CommGroup")
+        c.comm.carried += 1
+        must(c.comm.carried == 1, "a CommGroup keeps mappings of the communicator it carried")
         must(isinstance(c.mode, MoEMode) and isinstance(c.combine_mode, CombineMode), "modes are enums")
         must(min(c.num_experts, c.hidden_size, c.topk, c.max_tokens_per_rank) > 0, "sizes are positive")
         self.rank, self.size = c.comm.my_rank, c.comm.nranks
@@ -187,7 +190,9 @@ class MoECommunicator:
         # The host's handle is any of this communicator's; the kernels use what the last dispatch left.
         must(handle.output_info is self, "the handle is of this communicator")
         if self.layout == DispatchLayout.RANK_MAJOR:
-            must(expert_output.data_ptr() == self.back.data_ptr(), "rows lie in the library's buffer")
+            direct = self.config.combine_mode == CombineMode.DIRECT_SEND
+            buffer = self.back if direct else self.buffer
+            must(expert_output.data_ptr() == buffer.data_ptr(), "rows lie in the library's buffer")
         self.open = False
         kept = expert_output.clone()
         sums = self.meet(self.partials(kept))
@@ -280,20 +285,22 @@ class MoECommunicator:
             must(rows.shape == self.buffer.shape, "expert output keeps the dispatch layout")
             flat = rows.view(-1, c.hidden_size)
         elif self.layout == DispatchLayout.RANK_MAJOR:
-            must(direct and rows.shape == self.back.shape, "rank-major direct takes [R * M, K, H]")
+            must(
+                rows.shape == (self.back if direct else self.buffer).shape, "rank-major keeps its own layout"
+            )
             flat = rows.view(-1, c.hidden_size)
         else:
             must(len(rows) == len({s.row for s in self.slots}), "as many rows as came")
             self.buffer[: len(rows)] = rows  # the pool holds them now
             flat = rows
         out = torch.zeros(self.size * c.max_tokens_per_rank, c.hidden_size)
-        if self.slots:
-            at = [
-                s.row * c.topk + s.pick if self.layout == DispatchLayout.RANK_MAJOR else s.row
-                for s in self.slots
-            ]
-            to = [s.source * c.max_tokens_per_rank + s.token for s in self.slots]
-            weights = torch.tensor([s.weight for s in self.slots])
+        by_pick = self.layout == DispatchLayout.RANK_MAJOR and direct
+        by_row = self.layout == DispatchLayout.RANK_MAJOR and not direct
+        slots = list({s.row: s for s in self.slots}.values()) if by_row else self.slots
+        if slots:
+            at = [s.row * c.topk + s.pick if by_pick else s.row for s in slots]
+            to = [s.source * c.max_tokens_per_rank + s.token for s in slots]
+            weights = torch.tensor([s.weight for s in slots])
             out.index_add_(0, torch.tensor(to), flat[at].float() * weights[:, None])
         if self.layout == DispatchLayout.EXPERT_MAJOR and not direct:
             out = out.to(torch.bfloat16).float()
