@@ -61,8 +61,9 @@ def kernel_times(bench: Bench, components: Sequence[Component]) -> tuple[list[Se
     """Time the GPU is busy in each component, from the profiler, ranks aligned on the device.
 
     Each iteration is [prepare, marker, align, marker, component, marker, finish]; the markers are spin
-    kernels. They cut the trace into windows; the second lets the host run ahead. A sample is the length of
-    the union of the kernel intervals in a window, so that kernels that overlap are not counted twice.
+    kernels. They cut the trace into windows; the first lets the host run ahead, before the ranks are
+    aligned: a spin of so many cycles takes tens of microseconds longer on a GPU with a slower clock. A sample
+    is the length of the union of a window's kernel intervals: kernels that overlap are not counted twice.
     One profiler run for all components: its start and its end take longer than what they measure.
     Returns the series and warnings (a profiler that lost activity gives none, and says so).
     """
@@ -77,9 +78,9 @@ def kernel_times(bench: Bench, components: Sequence[Component]) -> tuple[list[Se
             for _ in range(turns):
                 bench.device.synchronize()
                 state = component.prepare()
-                torch.cuda._sleep(1)
-                bench.align()
                 torch.cuda._sleep(MARKER_CYCLES)
+                bench.align()
+                torch.cuda._sleep(1)
                 result = component.run(state)
                 torch.cuda._sleep(1)
                 component.finish(result)
