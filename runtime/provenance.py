@@ -19,6 +19,7 @@ from collectivex import __version__
 
 from . import environment, loaded, machine, smi
 from .redact import Redactor, keyed_hash
+from .scrub import scrub
 
 if TYPE_CHECKING:
     from ..backends.base import Facts
@@ -74,7 +75,7 @@ def describe(
             "name": facts.name,
             "source": f"{facts.source.kind}: {facts.source.name}",
             "pin": facts.source.pin,
-            "versions": dict(versions),
+            "versions": {name: scrub(version) for name, version in versions.items()},
         },
         "image": dict(image) if image else None,
         "environment": environment.communication_settings(key),

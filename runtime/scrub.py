@@ -11,6 +11,11 @@ from . import environment
 from .redact import Private, Redactor
 
 _PACKAGES = re.compile(r"/[^\s\"']*/(?:site|dist)-packages/")
+# A folder of this machine (/tmp/x/library/file.so), but not what every machine has (/usr/lib/…, /dev/shm/…).
+_FOLDERS = re.compile(
+    r"(?<![\w.:/~>…-])/(?!(?:usr|opt|lib\d*|bin|sbin|proc|sys|dev|etc|run)/)(?:[^\s\"'/:,;()]+/)+"
+    r"(?=[^\s\"'/:,;()]+/[^\s\"'/:,;()]+)"
+)
 
 
 _also: list[Private] = []
@@ -29,8 +34,16 @@ def _redactor() -> Redactor:
     return Redactor(Private(*map(tuple, merged)))
 
 
+def folders(text: str) -> list[str]:
+    """The folders of some machine that `text` names."""
+    return sorted({found.group() for found in _FOLDERS.finditer(text)})
+
+
 def scrub(text: str) -> str:
-    """`text` without what would tell where it was printed. Lines and their order stay."""
+    """`text` without what would tell where it was printed. Lines and their order stay.
+
+    Of a path in a folder of this machine the last two parts stay.
+    """
     for prefix in (str(Path(__file__).resolve().parent.parent), sys.prefix, sys.base_prefix):
         text = text.replace(prefix + "/", "")
-    return _redactor().text(_PACKAGES.sub("", text))
+    return _FOLDERS.sub("…/", _redactor().text(_PACKAGES.sub("", text)))

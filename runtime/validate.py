@@ -14,6 +14,7 @@ from . import recheck
 from .errors import UserError
 from .reading import Problem, find_executions
 from .records import Unusable, load
+from .scrub import folders as folders_in
 from .types import MANIFEST_SCHEMA, RESULT_SCHEMA
 
 # What an execution folder consists of; logs only where they were written.
@@ -26,17 +27,17 @@ _LOGS = re.compile(r"logs/.+")
 
 def command(args: argparse.Namespace) -> int:
     """Print every problem as `path: problem`. 0: all valid, 1: some are not. UserError: nothing is there."""
-    folders = [Path(folder) for folder in args.dirs]
-    executions, problems = find_executions(folders)
+    given = [Path(folder) for folder in args.dirs]
+    executions, problems = find_executions(given)
     if not executions and not problems:
         hint = "give a folder that `cx run --out` wrote, or one above it"
-        raise UserError(f"no results under {', '.join(map(str, folders))}", hint)
+        raise UserError(f"no results under {', '.join(map(str, given))}", hint)
     results = 0
     for folder in executions:
         results += sum(1 for _ in (folder / "cells").glob("*.json"))
         problems += execution(folder, args.published)
     if args.published:
-        problems += [Problem(str(p), "is no part of a result") for p in _outside(folders, executions)]
+        problems += [Problem(str(p), "is no part of a result") for p in _outside(given, executions)]
     for problem in problems:
         print(f"{problem.path}: {problem.reason}")
     verdict = f"{len(problems)} problems" if problems else "all valid"
@@ -47,7 +48,7 @@ def command(args: argparse.Namespace) -> int:
 def execution(folder: Path, published: bool = False) -> list[Problem]:
     """Everything wrong with one execution folder: its files, its manifest, and every result in it.
 
-    published    logs, and cells that are pending, are problems too
+    published    logs, folders of the machine, and cells that are pending, are problems too
     """
     problems = [Problem(str(path), what) for path, what in _foreign(folder, published)]
     manifest = None
@@ -65,6 +66,9 @@ def execution(folder: Path, published: bool = False) -> list[Problem]:
             continue
         documents[path.name] = document
         problems += [Problem(str(path), what) for what in _one(path, document, folder)]
+        if published:
+            named = folders_in(path.read_text())
+            problems += [Problem(str(path), f"names a folder of the machine: {name}") for name in named]
     if manifest is not None:
         problems += [Problem(str(folder / "manifest.json"), what) for what in _manifest(manifest, documents)]
     return problems + [Problem(str(path), "belongs to no result") for path in _orphans(folder, documents)]

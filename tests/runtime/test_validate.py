@@ -234,6 +234,36 @@ def test_rows_that_leave_and_do_not_arrive_are_found(folder: Path) -> None:
     assert any("rows sent and" in line and "over scale_up" in line for line in said(folder))
 
 
+MOE = "deepseek-v3-t128-bf16-uniform-normal-n1r4-torch_dist-full"
+
+
+@pytest.mark.parametrize(
+    ("domains", "problem"),
+    [
+        ([0, 0, 0], "placement.domains: 3 entries for 4 ranks"),
+        ([0, 0, 1, 1], "placement.domains: a node of 4 ranks lies in several"),
+    ],
+)
+def test_a_placement_that_does_not_fit_the_case_is_found(
+    folder: Path, domains: list[int], problem: str
+) -> None:
+    """One domain for each rank, and one for all ranks of a node."""
+    rewrite(cell(folder, MOE), lambda data: data.update(placement={"domains": domains, "source": "nvml"}))
+    assert any(problem in line for line in said(folder))
+
+
+def test_rows_between_domains_where_there_is_one_are_found(folder: Path) -> None:
+    """The tiers follow from the domains."""
+
+    def move(data: dict[str, Any]) -> None:
+        for rank in data["bytes"]["ranks"]:
+            for rows in (rank["rows_sent"], rank["rows_received"]):
+                rows["scale_up"], rows["scale_out"] = 0, rows["scale_up"]
+
+    rewrite(cell(folder, MOE), move)
+    assert any("rows to other scale-up domains, where there is one" in line for line in said(folder))
+
+
 def sidecar(folder: Path) -> Path:
     data = json.loads(cell(folder, "all_reduce").read_text())
     return folder / data["samples"]["file"]
@@ -357,6 +387,14 @@ def test_figures_and_logs_belong_to_an_execution_but_logs_are_not_published(fold
     assert said(folder, published=True) == [
         "rank0.log: logs are not published: they may name hosts and people"
     ]
+
+
+def test_a_folder_of_the_machine_is_not_published(folder: Path) -> None:
+    """A library's path in a record tells where its owner keeps things."""
+    path = sorted((folder / "cells").iterdir())[0]
+    rewrite(path, lambda d: d["warnings"].append("/data/someone/deepep/_C.so is old"))
+    assert said(folder) == []
+    assert said(folder, published=True) == [f"{path.name}: names a folder of the machine: /data/someone/"]
 
 
 def test_a_file_beside_published_results_is_named(folder: Path) -> None:
