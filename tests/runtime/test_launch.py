@@ -19,7 +19,7 @@ SITE = ROOT / "tests" / "golden" / "launch" / "example-site.yaml"
 GOLDEN = SITE.parent
 LAUNCHERS = ROOT / "launchers"
 MACHINE = detect.Machine("cpu", (), "Example CPU", 2)
-SEVERAL = {"b200-dgxc-slurm": 2, "gb200-nv": 2, "gb300-nv": 4}
+SEVERAL = {"b200-dgxc-slurm": 2, "h100-dgxc": 2, "mi355x-amds": 2, "gb200-nv": 2, "gb300-nv": 4}
 
 
 @pytest.fixture(autouse=True)
@@ -65,10 +65,35 @@ def test_a_dry_run_over_several_nodes_prints_exactly_this(
     golden(f"launch/smoke.{pool}.n{nodes}.txt", dry(capsys, pool, "smoke", "--nodes", nodes))
 
 
+def test_a_plan_tells_where_prepared_libraries_are(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    golden: Callable[[str, str], None],
+) -> None:
+    """A folder for each image, which only the run itself can name; nothing of it for a backend without a
+    library, or for ranks in no image."""
+    monkeypatch.setenv("CX_LIBRARIES", "/libraries")
+    words = ("--backend", "deepep,nccl_ep", "--only", "t128-bf16-uniform-low-latency")
+    golden("launch/prepared.h100-dgxc.txt", dry(capsys, "h100-dgxc", "ep-core", *words))
+    assert "prepared libraries" not in dry(capsys, "h100-dgxc", "ep-core")
+    assert "prepared libraries" not in dry(capsys, "h200x4-nvlink", "ep-core", *words)
+
+
+def test_a_program_is_one_task_that_drives_its_node(capsys: pytest.CaptureFixture[str]) -> None:
+    """rccl_tests on AMD's Slurm pool: all eight GPUs are those of a single process."""
+    asked = ["--suite", "smoke", "--sku", "mi355x-amds", "--backend", "rccl_tests", "--out", "/results"]
+    code, out, err = cx(capsys, "launch", *asked, "--site", str(SITE), "--dry-run")
+    assert code == 0, err
+    assert ", 8 ranks on 1 node\n" in out
+    (step,) = [line for line in out.splitlines() if " rank --cases " in line]
+    assert "--nodes=1 --ntasks=1 --ntasks-per-node=1 " in step
+    assert "--container-image=" in step
+
+
 def test_no_golden_plan_is_left_over() -> None:
     """A plan of a SKU that is gone would be linted for ever and mean nothing."""
     expected = {f"{s}.{k}.txt" for s in suite.names() for k in sku.names()}
-    expected |= {f"smoke.{pool}.n{nodes}.txt" for pool, nodes in SEVERAL.items()}
+    expected |= {"prepared.h100-dgxc.txt", *(f"smoke.{pool}.n{nodes}.txt" for pool, nodes in SEVERAL.items())}
     assert {p.name for p in GOLDEN.glob("*.txt")} == expected
 
 

@@ -46,6 +46,28 @@ def test_golden_plans_are_those_of_what_exists(request: pytest.FixtureRequest) -
     assert {p.name for p in folder.iterdir()} == expected
 
 
+@pytest.mark.parametrize(
+    ("pool", "nodes", "head", "domains"),
+    [
+        ("gb200-nv", "2", "gb200-nvl72-4x2): 8 ranks, 2 nodes in 1 scale-up domain,", [0] * 8),
+        (
+            "b200-dgxc-slurm",
+            "2",
+            "-8x2-infiniband-ndr): 16 ranks, 2 nodes in 2 scale-up domains,",
+            [0] * 8 + [1] * 8,
+        ),
+        ("h100-dgxc", "1", "h100-nvlink4-8x1): 8 ranks, 1 node, 1 run", [0] * 8),
+    ],
+)
+def test_a_plan_tells_nodes_of_one_nvlink_domain_from_nodes_on_a_network(
+    capsys: pytest.CaptureFixture[str], pool: str, nodes: str, head: str, domains: list[int]
+) -> None:
+    """Which traffic is scale-up can be read before anything runs."""
+    argv = ("plan", "--suite", "smoke", "--sku", pool, "--nodes", nodes)
+    assert head in said(capsys, *argv).splitlines()[0]
+    assert json.loads(said(capsys, *argv, "--format", "json"))["domains"] == domains
+
+
 def test_json_holds_every_cell_with_its_case(capsys: pytest.CaptureFixture[str]) -> None:
     """Cell ids follow from the cases, positions count up, totals add up."""
     plan = json.loads(
