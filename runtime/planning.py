@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import matrix, sku, suite
+from . import domains, matrix, sku, suite
 from .listing import table
 from .matrix import Planned
 from .suite import size_label
@@ -30,6 +30,12 @@ class Plan:
     def totals(self) -> dict[str, int]:
         unsupported = sum(p.unsupported is not None for p in self.cells)
         return {"cells": len(self.cells), "to_run": len(self.cells) - unsupported, "unsupported": unsupported}
+
+    @property
+    def domains(self) -> list[int]:
+        """For each rank the scale-up domain that the pool's file puts it in."""
+        case = self.cells[0].cell.case
+        return domains.stated(case.ranks, case.nodes, self.sku.nodes_per_domain)
 
 
 def command(args: argparse.Namespace) -> int:
@@ -68,6 +74,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "suite": plan.suite.name,
         "sku": plan.sku.name,
         "topology_class": plan.sku.topology_class,
+        "domains": plan.domains,
         "order": plan.suite.order,
         "totals": plan.totals,
         "cells": [
@@ -89,6 +96,9 @@ def to_text(plan: Plan) -> str:
     runs = 1 + max(p.cell.run for p in plan.cells)
     head = f"suite {plan.suite.name} on {plan.sku.name} ({plan.sku.topology_class})"
     head += f": {first.ranks} ranks, {first.nodes} node{'s'[: first.nodes > 1]}"
+    if first.nodes > 1:
+        count = len(set(plan.domains))
+        head += f" in {count} scale-up domain{'s'[: count > 1]}"
     head += f", {runs} run{'s'[: runs > 1]}, order {plan.suite.order}"
     columns = ["backend", "variant", "mode", "what", "dtype", "routing", "ladder", "regimes", "unsupported"]
     rows = _ladders([p for p in plan.cells if p.cell.run == 0])

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import bandwidth, schemas
+from . import bandwidth, domains, schemas
 from .types import CONTRACT, Case, Shape, Status, case_from_json, comparison_key
 
 PERCENTILES = ("p50", "p90", "p95", "p99")
@@ -62,6 +62,7 @@ class Record(NamedTuple):
     case: Case | None = None
     contract: str = CONTRACT
     topology_class: str = ""
+    domains: int = 1  # scale-up domains that its ranks lie in
     rows: tuple[Row, ...] = ()
     limits: tuple[Limit, ...] = ()
     contract_only: bool = False
@@ -160,6 +161,7 @@ def record(
         case=case,
         contract=document["contract"],
         topology_class=identity["topology_class"],
+        domains=len(set(domains.of_result(document))),
         rows=rows,
         limits=limits,
         contract_only=document["backend"]["validated"] == "contract-only",

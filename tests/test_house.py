@@ -94,6 +94,7 @@ def rank_half() -> dict[str, set[str]]:
     ours = modules("runtime", "backends")
     reached: dict[str, set[str]] = {}
     todo = {"runtime.worker", "runtime.ranker", "runtime.health", *modules("backends")}
+    todo |= {"runtime.install", "runtime.load_check"}  # run inside an image too
     while todo:
         name = todo.pop()
         if name in ours and name not in reached:
