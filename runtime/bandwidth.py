@@ -24,6 +24,7 @@ from .types import DTYPE_BYTES, Collective, Moe
 IMPLAUSIBLE_SHARE = 1.02
 FP8_BLOCK = 128  # values that share one float32 scale
 _DEEPEP_LL_HEADER = 16  # DeepEP's low-latency bench counts a 16-byte header with every fp8 row
+_FLASHINFER_PICK = 8  # FlashInfer's counts an int32 id and a float32 weight with every pick that leaves
 
 Document = Mapping[str, Any]
 PerRank = Callable[[Document, str], "list[float] | None"]
@@ -106,7 +107,7 @@ def moe_bytes(
     """The result's `bytes` for an exchange. `ranks`: from counts.count; `wire`: from each rank's backend.
 
     meta_bytes is what a dispatched row carries beside its values in any library, an int32 expert id and a
-    float32 weight per pick; no formula includes it.
+    float32 weight per pick; no formula includes it (`flashinfer` counts them for picks of other ranks).
     """
     return {
         "family": "moe",
@@ -239,6 +240,16 @@ def _deepep_low_latency(document: Document, part: str) -> list[float]:
     return [float(entry["selections"] * row) for entry in document["bytes"]["ranks"]]
 
 
+def _flashinfer(document: Document, part: str) -> list[float]:
+    rows = _rows(_remote)(document, part)
+    assert rows is not None
+    if part == "combine":
+        return rows
+    picks = [entry["selections_sent"] for entry in document["bytes"]["ranks"]]
+    away = [to["scale_up"] + to["scale_out"] for to in picks]
+    return [b + _FLASHINFER_PICK * n for b, n in zip(rows, away, strict=True)]
+
+
 def _nccl_ep_formulas() -> list[Formula]:
     said = {
         "total_send": "unique (token, domain) rows, own domain included",
@@ -319,7 +330,8 @@ FORMULAS: Mapping[str, Formula] = {
             "per_selection",
             "moe",
             "One row for each valid (token, expert) pick, whether or not rows are shared.",
-            "NCCL contrib/nccl_ep ep_bench 0.1.0 low-latency; mscclpp run_ep_bench_python.py",
+            "NCCL contrib/nccl_ep ep_bench 0.1.0 low-latency, which knows bf16 only; mscclpp "
+            "run_ep_bench_python.py for bf16, in fp8 without the scales",
             _rows(_selections),
         ),
         Formula(
@@ -332,9 +344,10 @@ FORMULAS: Mapping[str, Formula] = {
         Formula(
             "flashinfer",
             "moe",
-            "remote, summed over all ranks.",
-            "FlashInfer benchmarks/routines/moe_comm.py",
-            _rows(_remote),
+            "remote, summed over all ranks; dispatch with 8 more bytes for each pick of another rank.",
+            "FlashInfer benchmarks/routines/moe_comm.py 0.6.18, _calculate_exact_comm_traffic; where that "
+            "takes block-scaled fp8 for bf16 rows, the rows as they are",
+            _flashinfer,
             quoted="total",
         ),
     )

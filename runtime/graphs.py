@@ -9,7 +9,7 @@ from typing import Any
 from .measure import Bench, Component, chained
 from .types import Series
 
-MARKER_CYCLES = 2_000_000  # about 1 ms at 2 GHz: long enough for the host to issue what follows
+MARKER_CYCLES = 4_000_000  # about 2 ms at 2 GHz: long enough for the host to issue what follows
 UNCOUNTED = 2  # first iterations of each component: a profiler just started, another kernel just before
 MARKER_KERNEL = "spin_kernel"  # the kernel behind torch.cuda._sleep, on CUDA and HIP alike
 
@@ -62,8 +62,8 @@ def kernel_times(bench: Bench, components: Sequence[Component]) -> tuple[list[Se
 
     Each iteration is [prepare, marker, align, marker, component, marker, finish]; the markers are spin
     kernels. They cut the trace into windows; the first lets the host run ahead, before the ranks are
-    aligned: a spin of so many cycles takes tens of microseconds longer on a GPU with a slower clock. A sample
-    is the length of the union of a window's kernel intervals: kernels that overlap are not counted twice.
+    aligned: a rank whose host is late then makes the others wait outside the window. A sample is the length
+    of the union of a window's kernel intervals: kernels that overlap are not counted twice.
     One profiler run for all components: its start and its end take longer than what they measure.
     Returns the series and warnings (a profiler that lost activity gives none, and says so).
     """

@@ -179,12 +179,27 @@ def test_each_formula_counts_the_rows_that_its_source_counts(
         assert rows(name, "combine", dtype) == pytest.approx(combine)
 
 
-def test_flashinfer_quotes_the_remote_rows_of_all_ranks() -> None:
-    """3 rows of 512 bytes in 1 us are 1.536 GB/s in all; their mean over 4 ranks is `remote`."""
-    assert gbps("flashinfer", moe(), "dispatch", 1.0) == pytest.approx(1.536)
-    assert gbps("flashinfer", moe(), "dispatch", 1.0, of="mean") == pytest.approx(0.384)
+def test_flashinfer_quotes_remote_rows_of_all_ranks_with_eight_bytes_for_each_remote_pick() -> None:
+    """Only rank 0 sends: 3 rows of 512 bytes, and 4 of its 5 picks (2, 7, 4, 5) lie on other ranks."""
+    assert gbps("flashinfer", moe(), "dispatch", 1.0, of=0) == pytest.approx(1.536 + 0.032)
+    assert gbps("flashinfer", moe(), "dispatch", 1.0) == pytest.approx(1.536 + 0.032)
+    assert gbps("flashinfer", moe(), "dispatch", 1.0, of="mean") == pytest.approx(0.392)
+    assert gbps("flashinfer", moe("fp8"), "dispatch", 1.0) == pytest.approx(0.792 + 0.032)
+    assert gbps("flashinfer", moe(), "combine", 1.0) == pytest.approx(1.536)
+    assert gbps("flashinfer", moe(), "roundtrip", 1.0) == pytest.approx(2 * 1.536 + 0.032)
     assert gbps("remote", moe(), "dispatch", 1.0) == pytest.approx(0.384)
     assert gbps("remote", moe(), "dispatch", 1.0, of="total") == pytest.approx(1.536)
+
+
+def test_flashinfer_reproduces_what_its_benchmark_prints() -> None:
+    """4 ranks of 4096 tokens, top-8 of 256: 607.944 MiB there, 607.195 MiB back; other random routing."""
+    shape = Moe("deepseek-v3", 7168, 8, 256, 4096)
+    entries = counts.count(routing.build(shape, 4), shape, [0] * 4)
+    document = {"case": {"ranks": 4, "shape": asdict(shape)}, "bytes": bandwidth.moe_bytes(shape, entries)}
+
+    dispatch, combine = (gbps("flashinfer", document, part, 1.0) or 0.0 for part in ("dispatch", "combine"))
+    assert dispatch * 1e3 / MIB == pytest.approx(607.944, rel=0.002)
+    assert (dispatch - combine) / combine == pytest.approx(607.944 / 607.195 - 1, rel=0.01)
 
 
 def test_deepep_low_latency_adds_sixteen_bytes_to_fp8_rows_only() -> None:
