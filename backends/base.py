@@ -98,7 +98,7 @@ class Variant:
              dispatch, so a chain combines what was dispatched, as if the experts had changed nothing
     paired   dispatch and combine can only be called in turns; they are timed by marks inside the pair
     graph_safe  may be captured in a CUDA/HIP graph
-    validated   where this variant has run, if that is not where its backend has
+    validated   the devices on which this variant has run, if those are not its backend's
     """
 
     name: str
@@ -113,7 +113,7 @@ class Variant:
     in_place: bool = False
     paired: bool = False
     graph_safe: bool = False
-    validated: Literal["hardware", "contract-only"] | None = None
+    validated: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ class Facts:
     knobs          settings a case may request; anything else is refused
     recipe         how `cx prepare` installs the library, None where there is nothing to install
     regimes        external programs only: what they measure, instead of the regimes a suite asks for
-    validated      where this code has run and passed: "hardware", or "contract-only" (never yet on its
-                   hardware: shown wherever the backend is shown)
+    validated      those of its devices on which this code has run and passed; on the others it is
+                   "contract-only" (never yet on such hardware: shown wherever the backend is shown)
     hidden         True: left out of lists and default selections (the fake)
     """
 
@@ -141,16 +141,19 @@ class Facts:
     knobs: tuple[str, ...] = ()
     recipe: Recipe | None = None
     regimes: tuple[str, ...] = ()
-    validated: Literal["hardware", "contract-only"] = "contract-only"
+    validated: tuple[str, ...] = ()
     hidden: bool = False
 
     @property
     def families(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(v.family for v in self.variants))
 
-    def proven(self, variant: Variant | None) -> Literal["hardware", "contract-only"]:
-        """Where this variant has run and passed; where the backend has, without one."""
-        return variant.validated or self.validated if variant is not None else self.validated
+    def proven(self, device: str, variant: Variant | None = None) -> Literal["hardware", "contract-only"]:
+        """Whether this, or one variant of it, has run and passed on such a device."""
+        ran_on = self.validated
+        if variant is not None and variant.validated is not None:
+            ran_on = variant.validated
+        return "hardware" if device in ran_on else "contract-only"
 
     def variant(self, case: Case) -> Variant | None:
         """The variant that a case names, or None."""
@@ -366,3 +369,24 @@ def why_not(facts: Facts, case: Case) -> str | None:
         if name not in facts.knobs:
             return f"{facts.name} has no knob {name!r}; it has {', '.join(facts.knobs) or 'none'}"
     return None
+
+
+class MoeOnly:
+    """What every library without collectives would write alike. It declares `facts`, and tells its own limits
+    in `limit`."""
+
+    facts: Facts
+
+    def why_not(self, case: Case) -> str | None:
+        reason = why_not(self.facts, case)
+        if reason is not None:
+            return reason
+        assert isinstance(case.shape, Moe)  # of all others the facts have told
+        return self.limit(case, case.shape)
+
+    def limit(self, case: Case, shape: Moe) -> str | None:
+        """One sentence why the library cannot run what its facts allow, or None."""
+        raise NotImplementedError
+
+    def collective(self, case: Case, shape: Collective) -> CollectiveCall:
+        raise NotImplementedError(f"{self.facts.name} has no collectives")

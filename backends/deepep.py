@@ -83,24 +83,22 @@ FACTS = Facts(
         for name, layout in _LAYOUTS.items()
     ),
     knobs=("num_sms",),
-    validated="hardware",
+    validated=("cuda",),
 )
 
 
-class Backend:
+class Backend(base.MoeOnly):
     facts = FACTS
 
-    def why_not(self, case: Case) -> str | None:
-        reason = base.why_not(self.facts, case) or _deepep.one_node(case)
-        if reason is not None:
+    def limit(self, case: Case, shape: Moe) -> str | None:
+        if (reason := _deepep.one_node(case)) is not None:
             return reason
-        assert isinstance(case.shape, Moe)
-        if case.shape.hidden % 256:
-            return f"deepep combines 256 columns at a time: hidden {case.shape.hidden} does not divide"
-        if case.shape.topk > 32:
-            return f"deepep takes at most 32 experts a token, not {case.shape.topk}"
-        if case.shape.experts > 2048 or case.shape.experts // case.ranks > 256:
-            return f"deepep has counters for at most 2048 experts, 256 a rank, not {case.shape.experts}"
+        if shape.hidden % 256:
+            return f"deepep combines 256 columns at a time: hidden {shape.hidden} does not divide"
+        if shape.topk > 32:
+            return f"deepep takes at most 32 experts a token, not {shape.topk}"
+        if shape.experts > 2048 or shape.experts // case.ranks > 256:
+            return f"deepep has counters for at most 2048 experts, 256 a rank, not {shape.experts}"
         sms = dict(case.knobs).get("num_sms", 4)
         if not isinstance(sms, int) or sms < 1:
             return f"num_sms must be a positive number, not {sms}"
@@ -110,9 +108,6 @@ class Backend:
         self.context = context
         self.package = _deepep.load("ElasticBuffer", EXTENSION, _HINT, VERSION)
         self.buffers: dict[tuple[int, int, int], Any] = {}
-
-    def collective(self, case: Case, shape: Any) -> Any:
-        raise NotImplementedError("deepep has no collectives")
 
     def moe(self, case: Case, problem: MoeProblem) -> _Exchange:
         buffer = self._buffer(problem)

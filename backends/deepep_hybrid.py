@@ -110,27 +110,20 @@ FACTS = Facts(
         ),
     ),
     knobs=("num_sms_dispatch_api", "num_sms_combine_api"),
-    validated="hardware",
+    validated=("cuda",),
 )
 
 
-class Backend:
+class Backend(base.MoeOnly):
     facts = FACTS
 
-    def why_not(self, case: Case) -> str | None:
-        reason = base.why_not(self.facts, case) or _deepep.one_node(case)
-        if reason is not None:
-            return reason
-        assert isinstance(case.shape, Moe)
-        return _limits(case, case.shape)
+    def limit(self, case: Case, shape: Moe) -> str | None:
+        return _deepep.one_node(case) or _kernel_limit(case, shape)
 
     def setup(self, context: Context) -> None:
         self.context = context
         self.package = _deepep.load("HybridEPBuffer", EXTENSION, _HINT)
         self.buffers: dict[Any, Any] = {}
-
-    def collective(self, case: Case, shape: Any) -> Any:
-        raise NotImplementedError("deepep_hybrid has no collectives")
 
     def moe(self, case: Case, problem: MoeProblem) -> Plain | Permute:
         buffer = self._buffer(case, problem)
@@ -163,7 +156,7 @@ class Backend:
         return self.buffers[key]
 
 
-def _limits(case: Case, shape: Moe) -> str | None:
+def _kernel_limit(case: Case, shape: Moe) -> str | None:
     divisor = 512 if shape.dtype == "fp8" else 16
     if shape.hidden % divisor:
         return (

@@ -24,9 +24,9 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..runtime.types import Case, Collective, Moe
+from ..runtime.types import Case, Moe
 from . import base
-from .base import CollectiveCall, Context, Facts, MissingLibrary, Received, Recipe, Source, Variant
+from .base import Context, Facts, MissingLibrary, Received, Recipe, Source, Variant
 
 if TYPE_CHECKING:
     import torch
@@ -81,26 +81,21 @@ FACTS = Facts(
         modules=("flashinfer.comm",),
         versions={"flashinfer-python": "0.7.2"},
     ),
-    validated="hardware",
+    validated=("cuda",),
 )
 
 
-class Backend:
+class Backend(base.MoeOnly):
     facts = FACTS
 
     def __init__(self) -> None:
         self.made: dict[tuple[Any, ...], Any] = {}
 
-    def why_not(self, case: Case) -> str | None:
-        reason = base.why_not(self.facts, case)
-        if reason is not None or not isinstance(case.shape, Moe):
-            return reason
+    def limit(self, case: Case, shape: Moe) -> str | None:
         if case.ranks > RANKS:
             return f"flashinfer_ep works with up to {RANKS} ranks; {case.ranks} were asked for"
-        if case.shape.topk not in TOPK:
-            return (
-                f"flashinfer_ep has no kernel for top-{case.shape.topk}; it has {', '.join(map(str, TOPK))}"
-            )
+        if shape.topk not in TOPK:
+            return f"flashinfer_ep has no kernel for top-{shape.topk}; it has {', '.join(map(str, TOPK))}"
         return None
 
     def setup(self, context: Context) -> None:
@@ -118,9 +113,6 @@ class Backend:
                 f"float32: pip install flashinfer-python=={self.facts.source.pin}"
             )
         self.context, self.flashinfer = context, flashinfer
-
-    def collective(self, case: Case, shape: Collective) -> CollectiveCall:
-        raise NotImplementedError("flashinfer_ep has no collectives")
 
     def moe(self, case: Case, problem: MoeProblem) -> Exchange:
         shape = problem.shape

@@ -25,10 +25,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..runtime.types import Case, Collective, Moe
+from ..runtime.types import Case, Moe
 from . import _mori_versions as versions
 from . import base
-from .base import CollectiveCall, Context, Facts, MissingLibrary, Recipe, Source, Variant
+from .base import Context, Facts, MissingLibrary, Recipe, Source, Variant
 
 if TYPE_CHECKING:
     from ..runtime.problem import MoeProblem
@@ -82,7 +82,7 @@ FACTS = Facts(
         build={"MORI_GPU_ARCHS": "{arch}"},
         modules=("mori", "mori.ops"),
     ),
-    validated="contract-only",
+    validated=(),
 )
 
 
@@ -102,12 +102,27 @@ def _kernels() -> Mapping[str, Kernel]:
     }
 
 
-class Backend:
+class Backend(base.MoeOnly):
     facts = FACTS
 
-    def why_not(self, case: Case) -> str | None:
-        reason = base.why_not(self.facts, case)
-        return reason or (_limit(case, case.shape) if isinstance(case.shape, Moe) else None)
+    def limit(self, case: Case, shape: Moe) -> str | None:
+        """What the kernel of this variant cannot do, in one sentence."""
+        name, per_node = case.variant, case.ranks // case.nodes
+        if name.startswith("intranode") and case.nodes > 1:
+            return f"mori {name} works within one node; {case.nodes} were asked for"
+        if name.startswith("internode") and case.nodes < 2:
+            return f"mori {name} is for two nodes or more; intranode is the kernel for one"
+        if per_node > GPUS_PER_NODE:
+            return f"mori has room for {GPUS_PER_NODE} ranks a node; {per_node} were asked for"
+        if per_node & (per_node - 1):
+            return f"mori needs a power of two of ranks a node; {per_node} were asked for"
+        if shape.topk >= WAVEFRONT:
+            return f"mori takes fewer than {WAVEFRONT} picks a token; top-k is {shape.topk}"
+        if name.startswith("intranode-ll") and shape.topk > LL_PICKS:
+            return f"mori IntraNodeLL looks at {LL_PICKS} picks of a token only; top-k is {shape.topk}"
+        if shape.tokens < 1:
+            return "mori needs room for one token at least"
+        return None
 
     def setup(self, context: Context) -> None:
         """Environment first (`facts.env` and the pool's, set before this process started), then the import,
@@ -129,9 +144,6 @@ class Backend:
         if status != 0:
             raise RuntimeError(f"shmem_torch_process_group_init returned {status}")
 
-    def collective(self, case: Case, shape: Collective) -> CollectiveCall:
-        raise NotImplementedError("mori has no collectives here")
-
     def moe(self, case: Case, problem: MoeProblem) -> Exchange:
         from ._mori_exchange import Exchange
 
@@ -148,23 +160,3 @@ class Backend:
         self.context.device.synchronize()
         self.context.ranks.barrier()
         self.mori.shmem.shmem_finalize()
-
-
-def _limit(case: Case, shape: Moe) -> str | None:
-    """What the kernel of this variant cannot do, in one sentence."""
-    name, per_node = case.variant, case.ranks // case.nodes
-    if name.startswith("intranode") and case.nodes > 1:
-        return f"mori {name} works within one node; {case.nodes} were asked for"
-    if name.startswith("internode") and case.nodes < 2:
-        return f"mori {name} is for two nodes or more; intranode is the kernel for one"
-    if per_node > GPUS_PER_NODE:
-        return f"mori has room for {GPUS_PER_NODE} ranks a node; {per_node} were asked for"
-    if per_node & (per_node - 1):
-        return f"mori needs a power of two of ranks a node; {per_node} were asked for"
-    if shape.topk >= WAVEFRONT:
-        return f"mori takes fewer than {WAVEFRONT} picks a token; top-k is {shape.topk}"
-    if name.startswith("intranode-ll") and shape.topk > LL_PICKS:
-        return f"mori IntraNodeLL looks at {LL_PICKS} picks of a token only; top-k is {shape.topk}"
-    if shape.tokens < 1:
-        return "mori needs room for one token at least"
-    return None

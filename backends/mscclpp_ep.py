@@ -25,9 +25,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..runtime.types import Case, Collective, Moe
+from ..runtime.types import Case, Moe
 from . import base
-from .base import CollectiveCall, Context, Facts, MissingLibrary, Recipe, Source, Variant
+from .base import Context, Facts, MissingLibrary, Recipe, Source, Variant
 
 if TYPE_CHECKING:
     from ..runtime.problem import MoeProblem
@@ -108,7 +108,7 @@ FACTS = Facts(
             "wait, fetch each rank's row, float32 sum, one cast",
             ("bf16",),
             in_place=True,
-            validated="contract-only",
+            validated=(),
         ),
         _latency(
             "rank-major-direct",
@@ -136,29 +136,23 @@ FACTS = Facts(
     ),
     env={"MSCCLPP_FORCE_DISABLE_NVLS": "1"},
     knobs=("num_blocks",),
-    validated="hardware",
+    validated=("cuda",),
 )
 
 
-class Backend:
+class Backend(base.MoeOnly):
     facts = FACTS
 
-    def why_not(self, case: Case) -> str | None:
-        reason = base.why_not(self.facts, case)
-        if reason is not None or not isinstance(case.shape, Moe):
-            return reason
+    def limit(self, case: Case, shape: Moe) -> str | None:
         if case.nodes > 1:
             return "mscclpp_ep needs all ranks in one CUDA-IPC domain"
-        limit = _latency_limit if case.mode == "low-latency" else _throughput_limit
-        return limit(case, case.shape)
+        of_mode = _latency_limit if case.mode == "low-latency" else _throughput_limit
+        return of_mode(case, shape)
 
     def setup(self, context: Context) -> None:
         """Raises MissingLibrary without mscclpp.ep, with the older line, or with another commit."""
         self.context, self.mscclpp = context, _import()
         self.ep = self.mscclpp.ep
-
-    def collective(self, case: Case, shape: Collective) -> CollectiveCall:
-        raise NotImplementedError("mscclpp_ep has no collectives")
 
     def moe(self, case: Case, problem: MoeProblem) -> base.Exchange:
         from ._mscclpp_exchange import ExpertMajor, RankMajor, RankMajorDirect, Throughput

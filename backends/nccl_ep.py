@@ -25,9 +25,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runtime.types import Case, Collective, Moe
+from ..runtime.types import Case, Moe
 from . import base
-from .base import CollectiveCall, Context, Facts, MissingLibrary, Recipe, Source, Variant
+from .base import Context, Facts, MissingLibrary, Recipe, Source, Variant
 
 if TYPE_CHECKING:
     from ..runtime.problem import MoeProblem
@@ -111,21 +111,18 @@ FACTS = Facts(
         versions={"nccl4py": PIN},
         nccl="2.30.7",
     ),
-    validated="hardware",
+    validated=("cuda",),
 )
 
 
-class Backend:
+class Backend(base.MoeOnly):
     facts = FACTS
 
-    def why_not(self, case: Case) -> str | None:
-        reason = base.why_not(self.facts, case)
-        if reason is not None or not isinstance(case.shape, Moe):
-            return reason
+    def limit(self, case: Case, shape: Moe) -> str | None:
         if case.nodes > 1:
             return "across nodes NCCL EP needs GIN: this adapter drives one NVLink domain"
-        limit = _low_latency_limit if case.mode == "low-latency" else _high_throughput_limit
-        return limit(case, case.shape)
+        of_mode = _low_latency_limit if case.mode == "low-latency" else _high_throughput_limit
+        return of_mode(case, shape)
 
     def setup(self, context: Context) -> None:
         """Raises MissingLibrary without nccl.ep, with another release, or with the wrong NCCL mapped."""
@@ -134,9 +131,6 @@ class Backend:
         unique = ranks.from_zero(bytes(core.get_unique_id()) if ranks.rank == 0 else None)
         unique_id = core.UniqueId.from_bytes(unique)
         self.comm = core.Communicator.init(nranks=ranks.size, rank=ranks.rank, unique_id=unique_id)
-
-    def collective(self, case: Case, shape: Collective) -> CollectiveCall:
-        raise NotImplementedError("nccl_ep has no collectives")
 
     def moe(self, case: Case, problem: MoeProblem) -> base.Exchange:
         from ._nccl_ep_exchange import ExpertMajor, HighThroughput, RankMajor

@@ -79,7 +79,7 @@ FACTS = Facts(
     ),
     knobs=("sweep", "per_iteration", "mpi"),
     regimes=("loop",),
-    validated="hardware",
+    validated=("cuda",),
 )
 
 
@@ -91,17 +91,17 @@ class Backend:
     withheld = ("NCCL_TESTS_",)
 
     def why_not(self, case: Case) -> str | None:
-        reason = base.why_not(FACTS, case)
+        reason = base.why_not(self.facts, case)
         if reason is not None or not isinstance(case.shape, Collective):
             return reason
-        op, size = case.shape.op, case.shape.bytes
+        op, size, its_name = case.shape.op, case.shape.bytes, self.facts.name.replace("_", "-")
         if case.mode == "in-place" and op in UNCHECKED_IN_PLACE:
-            return f"nccl-tests does not check in-place {op}, so its number would stand without proof"
+            return f"{its_name} does not check in-place {op}, so its number would stand without proof"
         if least_bytes(op, case.shape.dtype, case.ranks) > size:
-            return f"nccl-tests rounds each rank's share down to 16 bytes: nothing is left of {size} bytes"
+            return f"{its_name} rounds each rank's share down to 16 bytes: nothing is left of {size} bytes"
         for name, value in case.knobs:
             if value not in (0, 1):
-                return f"nccl_tests has the knob {name!r} as 0 or 1, not {value!r}"
+                return f"{self.facts.name} has the knob {name!r} as 0 or 1, not {value!r}"
         return not_on_several(case)
 
     def groups(self, cases: Sequence[Case]) -> list[list[Case]]:

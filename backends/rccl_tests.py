@@ -27,10 +27,10 @@ from typing import Any
 
 from ..runtime import environment
 from ..runtime.types import COLLECTIVE_OPS, Case, Collective, Status
-from . import _tests_verdict, base, nccl_tests
+from . import _tests_verdict, nccl_tests
 from ._tests_output import Row, Unreadable, read_text, without_private
 from .base import Answer, Ended, Facts, MissingLibrary, Source, Start, Variant
-from .nccl_tests import DTYPES, NEEDED, PROGRAMS, UNCHECKED_IN_PLACE
+from .nccl_tests import DTYPES, NEEDED, PROGRAMS
 
 # What we mean by a letter. A binary whose usage calls it otherwise does not get it.
 MEANINGS = {
@@ -63,29 +63,15 @@ FACTS = Facts(
     ),
     knobs=("sweep", "mpi"),
     regimes=("loop",),
-    validated="contract-only",
+    validated=(),
 )
 
 
 class Backend(nccl_tests.Backend):
-    """See base.Program; `groups` and `progress` are those of nccl_tests."""
+    """See base.Program; `why_not`, `groups` and `progress` are those of nccl_tests."""
 
     facts = FACTS
     withheld = ("NCCL_TESTS_", "RCCL_TESTS_")
-
-    def why_not(self, case: Case) -> str | None:
-        reason = base.why_not(FACTS, case)
-        if reason is not None or not isinstance(case.shape, Collective):
-            return reason
-        op, size = case.shape.op, case.shape.bytes
-        if case.mode == "in-place" and op in UNCHECKED_IN_PLACE:
-            return f"rccl-tests does not check in-place {op}, so its number would stand without proof"
-        if nccl_tests.least_bytes(op, case.shape.dtype, case.ranks) > size:
-            return f"rccl-tests rounds each rank's share down to 16 bytes: nothing is left of {size} bytes"
-        for name, value in case.knobs:
-            if value not in (0, 1):
-                return f"rccl_tests has the knob {name!r} as 0 or 1, not {value!r}"
-        return nccl_tests.not_on_several(case)
 
     def starts(self, cases: Sequence[Case], folder: str, environ: Mapping[str, str]) -> list[Start]:
         first = cases[0]

@@ -96,7 +96,7 @@ FACTS = Facts(
         _exchange("cached", _CACHED),
         _exchange("low-latency", _DISPATCH),
     ),
-    validated="hardware",
+    validated=("cuda",),
 )
 
 

@@ -87,7 +87,7 @@ FACTS = Facts(
             graph_safe=True,
         ),
     ),
-    validated="hardware",
+    validated=("cpu", "cuda"),
 )
 
 

@@ -3,12 +3,7 @@
 The wrapper calls itself `deep_ep`, or `uccl_deepep` where it was copied beside DeepEP. Which one is loaded
 is told by what its Buffer takes (`is_intranode`), never by a package name.
 
-What is inside the timed windows: as in deepep_legacy.py, whose exchanges drive this Buffer too.
-  normal  (normal)       dispatch: quantisation (fp8), layout, exchange of the counts with a host wait, rows
-                         with their ids and weights. combine: rows back, float32 sum over ranks, one cast.
-  cached  (cached)       dispatch: quantisation, rows; the handle of an earlier call. combine: as above.
-  ll      (low-latency)  dispatch: quantisation in the kernel, a row per pick into fixed slots, packing.
-                         combine: rows back, weighted float32 sum over picks, one cast.
+The exchanges, their variants and windows: _deepep_buffer.py.
 
 Facts that shape the adapter, from the sources of v0.1.1
   - On one node rows move through CUDA IPC pointers: no proxy thread runs, no NIC is touched. The rank comes
@@ -31,12 +26,12 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from ..runtime.types import Case, Collective, Moe
-from . import _deepep, base
-from .base import CollectiveCall, Context, Facts, MissingLibrary, Recipe, Source, Variant
-from .deepep_legacy import Cached, LowLatency, Normal, ll_capacity
+from ..runtime.types import Case, Moe
+from . import _deepep, _deepep_buffer, base
+from ._deepep_buffer import Cached, LowLatency, Made, Normal, ll_capacity
+from .base import Context, Facts, MissingLibrary, Recipe, Source
 
 if TYPE_CHECKING:
     import torch
@@ -53,8 +48,6 @@ PROBE_BYTES = 4096
 LARGEST_LL = 1024  # tokens: its four buffers then take 14 GiB a rank for DeepSeek-V3
 
 _HINT = f"`cx prepare --backend uccl_ep` installs uccl {VERSION} and the wrapper of the same commit"
-_COMBINE = "rows back through channel queues, float32 sum over ranks, one cast to bf16"
-_DTYPES = ("bf16", "fp8")
 
 FACTS = Facts(
     name="uccl_ep",
@@ -77,65 +70,27 @@ FACTS = Facts(
         versions={"uccl": VERSION, "deep_ep": "0.1.0"},
     ),
     devices=("cuda",),
-    variants=(
-        Variant(
-            "normal",
-            "normal",
-            _DTYPES,
-            {
-                "dispatch": "quantise (fp8), layout, counts exchange, host wait, rows with ids and weights",
-                "combine": _COMBINE,
-            },
-        ),
-        Variant(
-            "cached",
-            "cached",
-            _DTYPES,
-            {"dispatch": "quantise (fp8), rows; layout and counts known", "combine": _COMBINE},
-            graph_safe=True,
-        ),
-        Variant(
-            "ll",
-            "low-latency",
-            _DTYPES,
-            {
-                "dispatch": "quantise (fp8, in the kernel), a row per pick into fixed slots, packing",
-                "combine": "rows back, weighted float32 sum over picks, one cast to bf16",
-            },
-            layout="token-expert",
-            combine="weighted-sum",
-            graph_safe=True,
-        ),
-    ),
+    variants=_deepep_buffer.VARIANTS,
     knobs=("num_sms",),
-    validated="hardware",
+    validated=("cuda",),
 )
 
 
-class _Made(NamedTuple):
-    """A library buffer, its bytes, and the number of experts that its flags are laid out for."""
-
-    size: int = 0
-    experts: int = 0
-    buffer: Any = None
-
-
-class Backend:
+class Backend(base.MoeOnly):
     facts = FACTS
 
     def __init__(self) -> None:
-        self.normal = self.ll = _Made()
+        self.normal = self.ll = Made()
 
-    def why_not(self, case: Case) -> str | None:
-        reason = base.why_not(self.facts, case) or _deepep.one_node(case)
-        if reason is not None or not isinstance(case.shape, Moe):
+    def limit(self, case: Case, shape: Moe) -> str | None:
+        if (reason := _deepep.one_node(case)) is not None:
             return reason
         if case.ranks not in RANKS:
             return f"uccl_ep's kernels exist for 2, 4 and 8 ranks, not for {case.ranks}"
-        if case.shape.routing.spread == "one-empty":
+        if shape.routing.spread == "one-empty":
             return f"uccl {VERSION} takes no rank without tokens"
-        limits = _ll_limits if case.variant == "ll" else _normal_limits
-        return limits(case, case.shape)
+        of_mode = _ll_limits if case.variant == "ll" else _normal_limits
+        return of_mode(case, shape)
 
     def setup(self, context: Context) -> None:
         import torch  # noqa: F401  the extension finds libtorch by name, among what is loaded
@@ -152,9 +107,6 @@ class Backend:
         if self.ours:
             setattr(self.extension, "get_rdma_buffer", _device_memory(device))  # noqa: B010
 
-    def collective(self, case: Case, shape: Collective) -> CollectiveCall:
-        raise NotImplementedError("uccl_ep has no collectives")
-
     def moe(self, case: Case, problem: MoeProblem) -> Normal | Cached | LowLatency:
         cls, shape = self.wrapper.Buffer, problem.shape
         if case.variant == "ll":
@@ -170,12 +122,12 @@ class Backend:
         kind = Cached if case.variant == "cached" else Normal
         return kind(self.normal.buffer, problem, {"num_sms": cls.num_sms})
 
-    def _fit(self, made: _Made, size: int, shape: Moe, **how: Any) -> _Made:
+    def _fit(self, made: Made, size: int, shape: Moe, **how: Any) -> Made:
         """`made`, or what has room for `size` bytes. Every rank decides alike."""
         if made.size < size:
             self._destroy(made)
             buffer = self.wrapper.Buffer(group=self.context.group, explicitly_destroy=True, **how)
-            return _Made(size, shape.experts, buffer)
+            return Made(size, buffer, shape.experts)
         if made is self.ll and made.experts != shape.experts:
             # The flags of another number of experts lie elsewhere in the same memory. No rank may be in a
             # call while they are cleared: the kernel itself does not wait.
@@ -195,9 +147,9 @@ class Backend:
     def close(self) -> None:
         for made in (self.normal, self.ll):
             self._destroy(made)
-        self.normal = self.ll = _Made()
+        self.normal = self.ll = Made()
 
-    def _destroy(self, made: _Made) -> None:
+    def _destroy(self, made: Made) -> None:
         if made.buffer is not None:
             self._settle()  # a peer may still read our memory
             made.buffer.destroy()

@@ -177,8 +177,9 @@ def backend_line(facts: Facts, torch: Mapping[str, Any]) -> tuple[Line, bool]:
         what = installed
         if ready is None and facts.source.kind == "package" and installed != facts.source.pin:
             state, hint = "warn", f"pinned is {facts.source.pin}: {facts.source.why}"
-    unproven = "" if facts.validated == "hardware" else ", never yet run on its hardware"
-    return Line("backends", facts.name, state, f"{what} on {', '.join(usable)}{unproven}", hint), True
+    unproven = [device for device in usable if facts.proven(device) == "contract-only"]
+    label = f", contract-only on {', '.join(unproven)}: never yet run there" if unproven else ""
+    return Line("backends", facts.name, state, f"{what} on {', '.join(usable)}{label}", hint), True
 
 
 def devices(torch: Mapping[str, Any]) -> list[str]:

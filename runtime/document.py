@@ -20,6 +20,7 @@ from .types import CONTRACT, RESULT_SCHEMA, Case, Cell, Check, Series, Status, c
 class Place:
     """Where and under what name a cell runs: everything about it that is not the case itself.
 
+    device             what the pool has: "cpu", "cuda" or "hip"
     nodes_per_domain   how many nodes the pool says share a scale-up domain; None where it says nothing
     domains            for each rank its scale-up domain, once the ranks are up; None: what the pool says
     domains_source     who says so, see domains.placed
@@ -30,6 +31,7 @@ class Place:
     suite: str
     sku: str
     topology_class: str
+    device: str
     runs: int = 1
     order: str = "declared"
     limits: tuple[Mapping[str, Any], ...] = ()
@@ -96,7 +98,7 @@ def empty(
         "bytes": None,
         "routing_proof": None,
         "knobs": {name: {"requested": value, "realised": None} for name, value in case.knobs},
-        "backend": _backend(case, facts),
+        "backend": _backend(case, facts, place.device),
         "timing_split": {},
         "provenance": None,
         "design": {
@@ -113,7 +115,7 @@ def empty(
     }
 
 
-def _backend(case: Case, facts: Any) -> dict[str, Any]:
+def _backend(case: Case, facts: Any, device: str) -> dict[str, Any]:
     variant: Any = facts.variant(case) if facts is not None else None
     exchange = variant if variant is not None and variant.family == "moe" else None
     return {
@@ -122,7 +124,7 @@ def _backend(case: Case, facts: Any) -> dict[str, Any]:
         "casts": exchange.casts if exchange else None,
         "paired": variant is not None and variant.paired,
         "graph_safe": variant is not None and variant.graph_safe,
-        "validated": facts.proven(variant) if facts is not None else "contract-only",
+        "validated": facts.proven(device, variant) if facts is not None else "contract-only",
         "window": dict(variant.window) if variant is not None else {},
     }
 

@@ -144,6 +144,7 @@ class Execution:
             suite=self.suite.name,
             sku=self.sku.name,
             topology_class=self.sku.topology_class,
+            device=self.sku.device,
             runs=1 + max(p.cell.run for p in self.planned),
             order=self.suite.order,
             limits=tuple(self.sku.all_limits()),

@@ -49,7 +49,7 @@ def _backends() -> list[dict[str, Any]]:
         rows.append(
             {
                 "backend": name,
-                "validated": facts.validated,
+                "validated": list(facts.validated) or "contract-only",
                 "runs on": list(facts.devices),
                 "modes/variants": variants,
                 "dtypes": list(dict.fromkeys(d for v in facts.variants for d in v.dtypes)),
@@ -62,7 +62,9 @@ def _backends() -> list[dict[str, Any]]:
 
 def _variant(variant: Variant) -> str:
     name = f"{variant.mode}/{variant.name}" if variant.name else variant.mode
-    return f"{name} ({variant.validated})" if variant.validated else name
+    if variant.validated is None:
+        return name
+    return f"{name} ({', '.join(variant.validated) or 'contract-only'})"
 
 
 def _suites() -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import domains, matrix, sku, suite
+from . import domains, matrix, registry, sku, suite
 from .listing import table
 from .matrix import Planned
 from .suite import size_label
@@ -102,7 +102,18 @@ def to_text(plan: Plan) -> str:
     head += f", {runs} run{'s'[: runs > 1]}, order {plan.suite.order}"
     columns = ["backend", "variant", "mode", "what", "dtype", "routing", "ladder", "regimes", "unsupported"]
     rows = _ladders([p for p in plan.cells if p.cell.run == 0])
-    return f"{head}\n\n{table(columns, rows)}\n\n{_totals(plan, runs)}"
+    return f"{head}\n\n{table(columns, rows)}\n\n{_totals(plan, runs)}{_unproven(plan)}"
+
+
+def _unproven(plan: Plan) -> str:
+    """A line that names what has never run on such hardware, or nothing."""
+    ways = {(p.cell.case.backend, p.cell.case.variant): p.cell.case for p in plan.cells if not p.unsupported}
+    names = []
+    for (backend, variant), case in sorted(ways.items()):
+        facts = registry.load(backend).facts
+        if facts.proven(plan.sku.device, facts.variant(case)) == "contract-only":
+            names.append(f"{backend} {variant}".strip())
+    return f"\ncontract-only, never run on such hardware: {', '.join(names)}" if names else ""
 
 
 def _totals(plan: Plan, runs: int) -> str:

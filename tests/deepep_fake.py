@@ -14,14 +14,12 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import exchange_job
 import torch
 
-from collectivex.backends.base import Context, Variant
-from collectivex.runtime import fp8, oracle, routing
-from collectivex.runtime.device import ManualDevice
-from collectivex.runtime.problem import MoeProblem
-from collectivex.runtime.ranks import ThreadRanks, run_threads
-from collectivex.runtime.types import Case, Check, Moe
+from collectivex.runtime import fp8
+from collectivex.runtime.ranks import ThreadRanks
+from collectivex.runtime.types import Case
 
 
 class Broken(Exception):
@@ -748,44 +746,6 @@ def unlike(cls: type, recorded: dict[str, Any]) -> list[str]:
 
 
 def on_ranks(case: Case, backend: type, work: Callable[..., Any]) -> list[Any]:
-    """`work(exchange, problem, variant, device)` on every rank of an opened case."""
-    assert isinstance(case.shape, Moe)
-    shape, table = case.shape, routing.build(case.shape, case.ranks)
-
-    def one(ranks: ThreadRanks) -> Any:
-        library, device = backend(), ManualDevice()
-        assert library.why_not(case) is None
-        library.setup(Context(ranks, device, Group(ranks)))
-        problem = MoeProblem.build(shape, ranks, table, device)
-        variant = library.facts.variant(case)
-        exchange = library.moe(case, problem)
-        result = work(exchange, problem, variant, device)
-        exchange.close()
-        library.close()
-        return result
-
-    return run_threads(case.ranks, one)
-
-
-def whole_oracle(exchange: Any, problem: MoeProblem, variant: Variant, device: ManualDevice) -> list[Check]:
-    """Every check that a run makes: calls with changing inputs, a chain over rows staged once, many calls."""
-    checks: list[Check] = []
-    for call in range(2):
-        checks += oracle.check_exchange(exchange, problem, variant, call, device)
-    state = exchange.dispatch()
-    staged = exchange.stage(state, oracle.chain_rows(exchange.received(state), problem, variant))
-    out = exchange.combine(state, staged)
-    for _ in range(3):
-        out = exchange.combine(exchange.dispatch(), staged)
-    checks.append(oracle.check_chain(out, problem, variant))
-    checks.append(oracle.check_repeated(exchange, problem, variant, 4, device))
-    return checks
-
-
-def failed(of_ranks: list[list[Check]]) -> list[str]:
-    return [
-        f"rank {rank}: {c.name}: {c.detail}"
-        for rank, checks in enumerate(of_ranks)
-        for c in checks
-        if not c.passed
-    ]
+    """As exchange_job.on_ranks, of a case that the backend would run."""
+    assert backend().why_not(case) is None
+    return exchange_job.on_ranks(case, backend, work, Group)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import threading
 from dataclasses import field, make_dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -54,3 +56,16 @@ def shuffled(rows: list[Any], seed: int) -> list[Any]:
     """The library's order within a group of rows is nobody's promise: another one in every call."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     return [rows[i] for i in order]
+
+
+def unlike(fake: ModuleType, name: str) -> str | None:
+    """The parameters of `Class.method` in the module of a fake, if their names, order or kinds are not those
+    of its RECORD."""
+    found: Any = fake
+    for part in name.split("."):
+        found = inspect.getattr_static(found, part)
+    found = found.fget if isinstance(found, property) else found
+    found = found.__func__ if isinstance(found, (classmethod, staticmethod)) else found
+    parameters = [p for p in inspect.signature(found).parameters.values() if p.name not in ("self", "cls")]
+    mine = [[p.name, p.kind.name] for p in parameters]
+    return None if mine == fake.RECORD["functions"][name] else str(mine)

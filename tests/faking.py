@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import exchange_job
+
 from collectivex.backends.base import Context, Exchange, Variant
 from collectivex.backends.fake import Backend
-from collectivex.runtime import oracle, routing
+from collectivex.runtime import oracle
 from collectivex.runtime.device import ManualDevice
 from collectivex.runtime.problem import MoeProblem
 from collectivex.runtime.ranks import ThreadRanks, run_threads
@@ -34,18 +36,7 @@ def on_ranks(
     case: Case, work: Callable[[Exchange, MoeProblem, Variant, ManualDevice], Any], backend: type = Backend
 ) -> list[Any]:
     """`work` on every rank of an opened exchange."""
-    assert isinstance(case.shape, Moe)
-    shape, table = case.shape, routing.build(case.shape, case.ranks)
-
-    def one(ranks: ThreadRanks) -> Any:
-        fake, device = backend(), ManualDevice()
-        fake.setup(Context(ranks, device))
-        problem = MoeProblem.build(shape, ranks, table, device)
-        variant = fake.facts.variant(case)
-        assert variant is not None
-        return work(fake.moe(case, problem), problem, variant, device)
-
-    return run_threads(case.ranks, one)
+    return exchange_job.on_ranks(case, backend, work)
 
 
 def check_moe(case: Case, calls: int = 2) -> list[list[Check]]:
@@ -85,13 +76,3 @@ def check_collective(case: Case, calls: int = 2) -> list[list[Check]]:
         return checks
 
     return run_threads(case.ranks, one)
-
-
-def failed(of_ranks: list[list[Check]]) -> list[str]:
-    """Every failed check of every rank, with its evidence."""
-    return [
-        f"rank {rank}: {check.name}: {check.detail}"
-        for rank, checks in enumerate(of_ranks)
-        for check in checks
-        if not check.passed
-    ]

@@ -6,6 +6,7 @@ The host's files are mounted into every container by containers.conf, as a site 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -13,9 +14,13 @@ import os
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+import program_pool
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 # Debian's defaults need privileges and cgroups that a virtual machine may not have; runc and cgroupfs do not.
@@ -38,25 +43,6 @@ REGISTRIES = """\
 [[registry]]
 location = "{location}"
 insecure = true
-"""
-
-# A SKU file of one machine whose ranks podman starts.
-POOL = """\
-schema: collectivex.sku.v1
-name: box
-title: one machine with podman
-vendor: cpu
-arch: null
-product: test
-gpus_per_node: 0
-scale_up: null
-scale_out: null
-limits: []
-mechanism: docker
-container: podman
-image: {image}
-env: {{GLOO_LOG_LEVEL: "ERROR"}}
-refuse: []
 """
 
 
@@ -141,6 +127,11 @@ class PodmanHost:
 
         return Registry
 
+    def write_pool(self, folder: Path) -> Path:
+        """A SKU file of one machine whose ranks podman starts."""
+        keys = {"mechanism": "docker", "container": "podman", "image": self.image}
+        return Path(program_pool.write_pool(folder, "box", env={"GLOO_LOG_LEVEL": "ERROR"}, **keys))
+
     def podman(self, *words: str) -> str:
         done = subprocess.run(
             ["podman", *words], env=self.env, capture_output=True, text=True, check=False, timeout=120
@@ -157,3 +148,13 @@ class PodmanHost:
         self.server.shutdown()
         self.server.server_close()
         self.thread.join()
+
+
+@contextlib.contextmanager
+def podman_host() -> Iterator[PodmanHost]:
+    with tempfile.TemporaryDirectory(prefix="cx-podman-", ignore_cleanup_errors=True) as folder:
+        found = PodmanHost(Path(folder))
+        try:
+            yield found
+        finally:
+            found.close()

@@ -1,4 +1,4 @@
-"""Pools and suites for launches of an external program where there are no GPUs; see cpu_tests/."""
+"""Pools of machines without GPUs, and suites for launches of an external program there; see cpu_tests/."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import deepep_fake
 import pytest
 import torch
-from deepep_fake import Broken, failed, on_ranks, whole_oracle
+from deepep_fake import Broken, on_ranks
+from exchange_job import failed, whole
 
 from collectivex.backends import _deepep, deepep
 from collectivex.backends.base import Context, MissingLibrary
@@ -36,7 +37,7 @@ def case(variant: str = "plain", mode: str = "normal", dtype: str = "bf16", rank
 @pytest.mark.parametrize("variant", ["plain", "expand"])
 def test_every_variant_passes_the_whole_oracle(variant, mode, dtype) -> None:
     """Calls with changing inputs, the chain over rows staged once, repeated calls."""
-    assert [] == failed(on_ranks(case(variant, mode, dtype), Backend, whole_oracle))
+    assert [] == failed(on_ranks(case(variant, mode, dtype), Backend, whole))
 
 
 @pytest.mark.parametrize("spread", ["linear", "one-empty"])
@@ -44,13 +45,13 @@ def test_every_variant_passes_the_whole_oracle(variant, mode, dtype) -> None:
 @pytest.mark.parametrize("variant", ["plain", "expand"])
 def test_ranks_may_have_fewer_tokens_or_none(variant, mode, spread) -> None:
     """The library wants only that no rank has more than the capacity."""
-    assert [] == failed(on_ranks(case(variant, mode, spread=spread), Backend, whole_oracle))
+    assert [] == failed(on_ranks(case(variant, mode, spread=spread), Backend, whole))
 
 
 @pytest.mark.parametrize("variant", ["plain", "expand"])
 def test_two_ranks_and_one_token_pass(variant) -> None:
     """Where a token often has several experts on one rank, whose sum expand casts."""
-    found = on_ranks(case(variant, ranks=2, shape={"tokens": 1}), Backend, whole_oracle)
+    found = on_ranks(case(variant, ranks=2, shape={"tokens": 1}), Backend, whole)
     assert [] == failed(found)
 
 
@@ -58,7 +59,7 @@ def test_expanded_rows_are_not_summed_in_one_cast() -> None:
     """combine.cuh with allow_multiple_reduction casts each rank's sum: declared final, the oracle is red."""
 
     def work(exchange, problem, variant, device):
-        return whole_oracle(exchange, problem, replace(variant, casts="final"), device)
+        return whole(exchange, problem, replace(variant, casts="final"), device)
 
     assert any("combined" in line for line in failed(on_ranks(case("expand", ranks=2), Backend, work)))
 
@@ -152,7 +153,7 @@ def test_a_swapped_row_turns_the_oracle_red() -> None:
     def work(exchange, problem, variant, device):
         stage = exchange.stage
         exchange.stage = lambda state, rows: stage(state, rows.flip(0).contiguous())
-        return whole_oracle(exchange, problem, variant, device)
+        return whole(exchange, problem, variant, device)
 
     for variant in ("plain", "expand"):
         lines = failed(on_ranks(case(variant, "low-latency"), Backend, work))

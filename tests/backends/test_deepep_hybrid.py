@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import deepep_fake
 import pytest
-from deepep_fake import Broken, failed, on_ranks, whole_oracle
+from deepep_fake import Broken, on_ranks
+from exchange_job import failed, whole
 
 from collectivex.backends import deepep_hybrid
 from collectivex.backends.base import Context, MissingLibrary
@@ -34,14 +35,14 @@ def case(variant: str = "plain", mode: str = "normal", dtype: str = "bf16", rank
 @pytest.mark.parametrize("variant", FACTS.variants, ids=lambda v: f"{v.name}-{v.mode}")
 def test_every_variant_passes_the_whole_oracle(variant, dtype, ranks) -> None:
     """Calls with changing inputs, the chain over rows staged once, repeated calls; 12 tokens suit 2 ranks."""
-    assert [] == failed(on_ranks(case(variant.name, variant.mode, dtype, ranks), Backend, whole_oracle))
+    assert [] == failed(on_ranks(case(variant.name, variant.mode, dtype, ranks), Backend, whole))
 
 
 def test_unpermuted_rows_are_not_summed_in_one_cast() -> None:
     """permute.cu casts each rank's sum to bf16: declared final, the oracle is red."""
 
     def work(exchange, problem, variant, device):
-        return whole_oracle(exchange, problem, replace(variant, casts="final"), device)
+        return whole(exchange, problem, replace(variant, casts="final"), device)
 
     assert any("combined" in line for line in failed(on_ranks(case("permute", ranks=2), Backend, work)))
 
@@ -62,7 +63,7 @@ def test_only_the_normal_mode_waits_for_the_host(variant) -> None:
 
 def test_probabilities_of_other_ranks_are_not_taken_for_weights() -> None:
     """Only this rank's columns of the dispatched probabilities are written; the fake fills the others."""
-    checks = on_ranks(case(), Backend, whole_oracle)
+    checks = on_ranks(case(), Backend, whole)
     weights = [c for of_rank in checks for c in of_rank if c.name == "weights"]
     assert weights
     assert all(c.passed for c in weights)
@@ -102,7 +103,7 @@ def test_a_swapped_row_turns_the_oracle_red(variant) -> None:
 
     def work(exchange, problem, v, device):
         exchange.stage = lambda state, rows: rows.flip(0).contiguous()
-        return whole_oracle(exchange, problem, v, device)
+        return whole(exchange, problem, v, device)
 
     assert any("combined" in line for line in failed(on_ranks(case(variant), Backend, work)))
 

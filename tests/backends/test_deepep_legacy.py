@@ -6,13 +6,16 @@ import sys
 from dataclasses import replace
 
 import deepep_fake
+import exchange_job
 import pytest
 import torch
-from deepep_fake import Broken, failed, on_ranks, whole_oracle
+from deepep_fake import Broken, on_ranks
+from exchange_job import failed, whole
 
-from collectivex.backends import deepep_legacy
+from collectivex.backends import _deepep_buffer, deepep_legacy
+from collectivex.backends._deepep_buffer import ll_capacity
 from collectivex.backends.base import Context, MissingLibrary
-from collectivex.backends.deepep_legacy import FACTS, Backend, ll_capacity
+from collectivex.backends.deepep_legacy import FACTS, Backend
 from collectivex.runtime.device import ManualDevice
 from collectivex.runtime.types import Case, Moe, Routing
 
@@ -40,13 +43,13 @@ def case(variant: str = "normal", dtype: str = "bf16", ranks: int = 4, **fields)
 @pytest.mark.parametrize("variant", ["normal", "cached", "ll"])
 def test_every_variant_passes_the_whole_oracle(variant, dtype, spread) -> None:
     """Calls with changing inputs, the chain, repeated calls; ranks with fewer and with no tokens."""
-    assert [] == failed(on_ranks(case(variant, dtype, spread=spread), Backend, whole_oracle))
+    assert [] == failed(on_ranks(case(variant, dtype, spread=spread), Backend, whole))
 
 
 @pytest.mark.parametrize("variant", ["normal", "ll"])
 def test_two_ranks_pass_too(variant) -> None:
     """Two ranks, where a token often has several experts on one rank; one token, padded to four slots."""
-    assert [] == failed(on_ranks(case(variant, ranks=2, shape={"tokens": 1}), Backend, whole_oracle))
+    assert [] == failed(on_ranks(case(variant, ranks=2, shape={"tokens": 1}), Backend, whole))
 
 
 def test_every_buffer_is_destroyed() -> None:
@@ -78,25 +81,13 @@ def test_the_low_latency_buffer_fits_every_number_of_tokens_it_offers() -> None:
 
 def test_flags_are_cleaned_when_the_number_of_experts_changes() -> None:
     """The flags of 8 experts do not lie where those of 16 did; the fake refuses dirty ones."""
-    from collectivex.runtime import routing
-    from collectivex.runtime.problem import MoeProblem
-    from collectivex.runtime.ranks import run_threads
+
+    def work(exchange, problem, variant, device):
+        exchange.buffer.qps = problem.local_experts  # over NVLink there are none
+        return whole(exchange, problem, variant, device)
 
     cases = [case("ll", shape={"experts": e}) for e in (16, 8)]
-
-    def one(ranks):
-        backend, device = Backend(), ManualDevice()
-        backend.setup(Context(ranks, device, deepep_fake.Group(ranks)))
-        out = []
-        for c in cases:
-            problem = MoeProblem.build(c.shape, ranks, routing.build(c.shape, 4), device)
-            exchange = backend.moe(c, problem)
-            exchange.buffer.qps = problem.local_experts  # over NVLink there are none
-            out += whole_oracle(exchange, problem, FACTS.variants[2], device)
-        backend.close()
-        return out
-
-    assert [] == failed(run_threads(4, one))
+    assert [] == failed(exchange_job.on_ranks(cases, Backend, work, deepep_fake.Group))
 
 
 @pytest.mark.parametrize(("tokens", "slots"), [(1, 4), (4, 4), (5, 8), (512, 512)])
@@ -154,7 +145,7 @@ def test_the_fake_notices_an_adapter_that_breaks_a_rule(broken, rule, monkeypatc
             exchange.dispatch()
 
     if broken == "odd slots":
-        monkeypatch.setattr(deepep_legacy, "ll_capacity", lambda tokens: tokens + tokens % 2 + 1)
+        monkeypatch.setattr(_deepep_buffer, "ll_capacity", lambda tokens: tokens + tokens % 2 + 1)
     kind = {"third result": "ll", "odd slots": "ll", "other routing": "cached"}.get(broken, "normal")
     with pytest.raises(Broken, match=rule):
         on_ranks(case(kind, ranks=2), Backend, work)
@@ -165,7 +156,7 @@ def test_combine_of_a_wrong_rank_order_turns_the_oracle_red() -> None:
 
     def work(exchange, problem, variant, device):
         exchange.stage = lambda state, rows: rows.flip(0).contiguous()
-        return whole_oracle(exchange, problem, variant, device)
+        return whole(exchange, problem, variant, device)
 
     assert any("combined" in line for line in failed(on_ranks(case(), Backend, work)))
 

@@ -9,12 +9,12 @@ import time
 
 import pytest
 import torch
+from exchange_job import failed
 from faking import (
     check_collective,
     check_moe,
     check_moe_repeated,
     collective_case,
-    failed,
     moe_case,
     on_ranks,
 )

@@ -8,19 +8,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import exchange_job
 import mori_fake
 import pytest
 import torch
+from exchange_job import failed, on_ranks
 
 from collectivex.backends import _mori_exchange as exchange_module
 from collectivex.backends import _mori_versions as versions
 from collectivex.backends.base import Context, MissingLibrary
 from collectivex.backends.mori import FACTS, Backend
-from collectivex.runtime import fp8, oracle, routing
+from collectivex.runtime import fp8, oracle
 from collectivex.runtime.device import ManualDevice
 from collectivex.runtime.errors import UserError
-from collectivex.runtime.problem import MoeProblem
-from collectivex.runtime.ranks import ThreadRanks, run_threads
+from collectivex.runtime.ranks import ThreadRanks
 from collectivex.runtime.types import Case, Moe, Routing
 
 TAGS = ("v1.1.1", "v1.2.0", "v1.2.1", "v1.2.2")
@@ -48,52 +49,12 @@ class Job:
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("MORI_SHMEM_HEAP_SIZE", raising=False)
 
-    def run(self, asked: Case, work: Callable[..., Any], backend: type[Backend] = Backend) -> list[Any]:
-        """`work(exchange, problem, variant, device)` on every rank, then teardown in the harness's order."""
-        shape = asked.shape
-        assert isinstance(shape, Moe)
-        table = routing.build(shape, asked.ranks)
-
-        def one(ranks: ThreadRanks) -> Any:
-            ranks.ranks_per_node = asked.ranks // asked.nodes
-            library, device = backend(), ManualDevice()
-            library.setup(Context(ranks, device, group="world"))
-            problem = MoeProblem.build(shape, ranks, table, device)
-            exchange = library.moe(asked, problem)
-            try:
-                found = work(exchange, problem, FACTS.variant(asked), device)
-            finally:
-                exchange.close()
-            library.close()
-            return found
-
-        return run_threads(asked.ranks, one)
+    def run(self, asked: Case, work: Callable[..., Any]) -> list[Any]:
+        return on_ranks(asked, Backend, work, lambda ranks: "world")
 
 
-def whole(exchange: Any, problem: Any, variant: Any, device: Any) -> list[Any]:
-    """What the harness does with an exchange: a first pair, checks, a chain, checks of a replayed graph."""
-    state = exchange.dispatch()
-    received = exchange.received(state)
-    exchange.combine(state, exchange.stage(state, oracle.chain_rows(received, problem, variant)))
-    checks = [c for s in (0, 1) for c in oracle.check_exchange(exchange, problem, variant, s, device)]
-    state = exchange.dispatch()
-    staged = exchange.stage(state, oracle.chain_rows(exchange.received(state), problem, variant))
-    exchange.combine(state, staged)
-    for _ in range(2):
-        out = exchange.combine(exchange.dispatch(), staged)
-    checks.append(oracle.check_chain(out, problem, variant))
-    problem.barrier()
-    problem.fill(4)
-    problem.barrier()
-    state = exchange.dispatch()
-    out = exchange.combine(state, staged)
-    checks.append(oracle.check_chain(out, problem, variant))
-    checks += oracle.check_dispatch(exchange.received(state), problem, variant, 4)
-    return [*checks, oracle.check_repeated(exchange, problem, variant, 4, device)]
-
-
-def failed(of_ranks: list[Any]) -> list[str]:
-    return [f"{c.name}: {c.detail}" for checks in of_ranks for c in checks if not c.passed]
+def whole(*given: Any) -> list[Any]:
+    return exchange_job.whole(*given, staged_once=False)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
@@ -498,4 +459,4 @@ def test_the_pools_heap_size_reaches_the_check(monkeypatch) -> None:
 
 def test_it_is_labelled_as_never_run_on_its_hardware() -> None:
     """Until it has run there, every place that shows it says so; it offers itself for AMD devices alone."""
-    assert ("contract-only", ("hip",), "int32") == (FACTS.validated, FACTS.devices, FACTS.index_dtype)
+    assert ("contract-only", ("hip",), "int32") == (FACTS.proven("hip"), FACTS.devices, FACTS.index_dtype)

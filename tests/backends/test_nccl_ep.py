@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -13,15 +12,12 @@ from typing import Any
 import nccl_ep_fake
 import pytest
 import torch
-from ep_fake import Rule
+from ep_fake import Rule, unlike
+from exchange_job import failed, on_ranks, whole
 
 from collectivex.backends import nccl_ep
-from collectivex.backends.base import Context, MissingLibrary
+from collectivex.backends.base import MissingLibrary
 from collectivex.backends.nccl_ep import FACTS, Backend
-from collectivex.runtime import oracle, routing
-from collectivex.runtime.device import ManualDevice
-from collectivex.runtime.problem import MoeProblem
-from collectivex.runtime.ranks import ThreadRanks, run_threads
 from collectivex.runtime.types import Case, Moe, Routing
 
 RUN = [(v.mode, v.name) for v in FACTS.variants]
@@ -48,51 +44,12 @@ class Job:
         monkeypatch.setattr(nccl_ep, "MAPS", str(self.maps))
 
     def run(self, asked: Case, work: Callable[..., Any]) -> list[Any]:
-        """`work(exchange, problem, variant, device)` on every rank, then teardown in the harness's order."""
-        shape = asked.shape
-        assert isinstance(shape, Moe)
-        table = routing.build(shape, asked.ranks)
-
-        def one(ranks: ThreadRanks) -> Any:
-            self.world.place.enter(ranks)
-            library, device = Backend(), ManualDevice()
-            library.setup(Context(ranks, device))
-            problem = MoeProblem.build(shape, ranks, table, device)
-            exchange = library.moe(asked, problem)
-            try:
-                found = work(exchange, problem, FACTS.variant(asked), device)
-            finally:
-                exchange.close()
-            library.close()
-            return found
-
-        return run_threads(asked.ranks, one)
+        return on_ranks(asked, Backend, work, self.world.place.enter)
 
 
 @pytest.fixture
 def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Job:
     return Job(monkeypatch, tmp_path)
-
-
-def whole(exchange: Any, problem: Any, variant: Any, device: Any) -> list[Any]:
-    """What the harness does with an exchange: checks, a chain, checks on its state, the same chain again."""
-    checks = [c for s in (0, 1) for c in oracle.check_exchange(exchange, problem, variant, s, device)]
-    state = exchange.dispatch()
-    staged = exchange.stage(state, oracle.chain_rows(exchange.received(state), problem, variant))
-    exchange.combine(state, staged)
-    for s in (3, 4):
-        state = exchange.dispatch()
-        out = exchange.combine(state, staged)
-        checks.append(oracle.check_chain(out, problem, variant))
-        checks += oracle.check_exchange(exchange, problem, variant, s, device)
-    state = exchange.dispatch()
-    exchange.combine(state, staged)
-    checks += oracle.check_dispatch(exchange.received(state), problem, variant, 4)  # as after a graph
-    return [*checks, oracle.check_repeated(exchange, problem, variant, 3, device)]
-
-
-def failed(of_ranks: list[Any]) -> list[str]:
-    return [f"{c.name}: {c.detail}" for checks in of_ranks for c in checks if not c.passed]
 
 
 @pytest.mark.parametrize(("mode", "variant"), RUN)
@@ -298,9 +255,4 @@ def test_the_deepseek_ladder_can_run(tokens: int, ranks: int) -> None:
 @pytest.mark.parametrize("name", sorted(set(nccl_ep_fake.RECORD["functions"]) - {"get_version"}))
 def test_the_fake_has_the_recorded_signatures(name: str) -> None:
     """What the adapter passes to the fake it can pass to the library: names, order and kinds are recorded."""
-    found: Any = nccl_ep_fake
-    for part in name.split("."):
-        found = inspect.getattr_static(found, part)
-    found = found.__func__ if isinstance(found, (classmethod, staticmethod)) else found
-    parameters = [p for p in inspect.signature(found).parameters.values() if p.name not in ("self", "cls")]
-    assert nccl_ep_fake.RECORD["functions"][name] == [[p.name, p.kind.name] for p in parameters]
+    assert unlike(nccl_ep_fake, name) is None

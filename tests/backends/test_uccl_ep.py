@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import uccl_fake
+from exchange_job import failed, on_ranks, whole
 
 from collectivex.backends import uccl_ep
 from collectivex.backends.base import Context, MissingLibrary
 from collectivex.backends.uccl_ep import FACTS, Backend
-from collectivex.runtime import oracle, routing
+from collectivex.runtime import oracle
 from collectivex.runtime.device import ManualDevice
 from collectivex.runtime.problem import MoeProblem
-from collectivex.runtime.ranks import ThreadRanks, run_threads
 from collectivex.runtime.types import Case, Moe, Routing
 
 VARIANTS = [v.name for v in FACTS.variants]
@@ -30,44 +30,13 @@ def case(variant: str = "normal", dtype: str = "bf16", ranks: int = 4, **fields:
     return Case("uccl_ep", variant, found.mode, replace(shape, **fields), ranks, nodes, knobs=knobs)
 
 
-def run(monkeypatch, cases: Case | list[Case], work=None, world: uccl_fake.World | None = None) -> list[Any]:
-    """`work(exchange, problem, variant)` for each case in one process, on every rank."""
-    cases = cases if isinstance(cases, list) else [cases]
-    world = world or uccl_fake.World(cases[0].ranks)
+def run(monkeypatch, cases: Case | list[Case], work=whole, world: uccl_fake.World | None = None) -> list[Any]:
+    """`work` for each case in one process, on every rank, with the fake in the place of the library."""
+    world = world or uccl_fake.World((cases if isinstance(cases, Case) else cases[0]).ranks)
     for name, module in world.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(uccl_ep, "LARGEST_LL", 32)
-
-    def one(ranks: ThreadRanks) -> list[Any]:
-        backend, device, found = Backend(), ManualDevice(), []
-        backend.setup(Context(ranks, device, group=uccl_fake.Group(ranks.rank, ranks.size)))
-        for asked in cases:
-            assert isinstance(asked.shape, Moe)
-            problem = MoeProblem.build(asked.shape, ranks, routing.build(asked.shape, asked.ranks), device)
-            exchange = backend.moe(asked, problem)
-            found += (work or whole)(exchange, problem, FACTS.variant(asked))
-            exchange.close()
-        backend.close()
-        return found
-
-    return run_threads(cases[0].ranks, one)
-
-
-def whole(exchange: Any, problem: MoeProblem, variant: Any) -> list[Any]:
-    """The harness's steps: checks, a chain staged before checks and used after them, repeated calls."""
-    device = ManualDevice()
-    checks = oracle.check_exchange(exchange, problem, variant, 0, device)
-    state = exchange.dispatch()
-    staged = exchange.stage(state, oracle.chain_rows(exchange.received(state), problem, variant))
-    exchange.combine(state, staged)
-    checks += oracle.check_exchange(exchange, problem, variant, 1, device)
-    out = exchange.combine(exchange.dispatch(), staged)
-    checks.append(oracle.check_chain(out, problem, variant))
-    return [*checks, oracle.check_repeated(exchange, problem, variant, 4, device)]
-
-
-def failed(of_ranks: list[Any]) -> list[str]:
-    return [f"{c.name}: {c.detail}" for checks in of_ranks for c in checks if not c.passed]
+    return on_ranks(cases, Backend, work, lambda ranks: uccl_fake.Group(ranks.rank, ranks.size))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
@@ -92,7 +61,7 @@ def test_one_token_on_two_ranks_is_exchanged(monkeypatch, variant: str) -> None:
 def test_weights_that_combine_forgets_turn_the_check_red(monkeypatch) -> None:
     """The low-latency combine multiplies: without it the sum is another."""
     world = uccl_fake.World(4, faults=("no-weights",))
-    assert any(f.startswith("combined") for f in failed(run(monkeypatch, case("ll"), world=world)))
+    assert any(": combined:" in f for f in failed(run(monkeypatch, case("ll"), world=world)))
 
 
 def test_one_buffer_of_each_mode_serves_all_cases(monkeypatch) -> None:
@@ -117,7 +86,7 @@ def test_a_larger_case_gets_a_new_buffer_after_the_old_one_is_destroyed(monkeypa
 def test_without_a_nic_the_low_latency_buffer_is_given_device_memory(monkeypatch, nics: bool) -> None:
     """The extension would take host memory and wait for ever (the fake raises); the result says so."""
 
-    def work(exchange: Any, problem: MoeProblem, variant: Any) -> list[Any]:
+    def work(exchange: Any, problem: MoeProblem, variant: Any, device: Any) -> list[Any]:
         return [exchange.buffer.ours, exchange.realised["device_memory_given"]]
 
     expected = [not nics, int(not nics)]
@@ -136,7 +105,7 @@ def test_another_number_of_experts_has_its_flags_cleaned(monkeypatch) -> None:
 def test_the_number_of_sms_that_is_applied_is_told(monkeypatch) -> None:
     """The knob as the library's class has it, and its default again for the next case."""
 
-    def work(exchange: Any, problem: MoeProblem, variant: Any) -> list[Any]:
+    def work(exchange: Any, problem: MoeProblem, variant: Any, device: Any) -> list[Any]:
         return [exchange.realised["num_sms"]]
 
     asked = [case(ranks=2, knobs=(("num_sms", 8),)), case(ranks=2)]
@@ -147,7 +116,7 @@ def test_the_number_of_sms_that_is_applied_is_told(monkeypatch) -> None:
 def test_an_adapter_that_breaks_a_rule_is_stopped_by_the_fake(monkeypatch, rule: str) -> None:
     """Results held at once, results combined, the number of rows and whose handle it is: each raises."""
 
-    def work(exchange: Any, problem: MoeProblem, variant: Any) -> list[str]:
+    def work(exchange: Any, problem: MoeProblem, variant: Any, device: Any) -> list[str]:
         state = exchange.dispatch()
         staged = exchange.stage(state, oracle.chain_rows(exchange.received(state), problem, variant))
         try:

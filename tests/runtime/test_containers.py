@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
+import fault_cells
+import program_pool
 import pytest
 
 from collectivex.runtime.commands import run
@@ -49,37 +49,6 @@ elif words[0] == "run":
 elif words[0] in ("kill", "rm"):
     with open(folder + "/" + words[-1]) as file:
         os.kill(int(file.read()), signal.SIGUSR1 if words[0] == "kill" else signal.SIGKILL)
-"""
-POOL = """\
-schema: collectivex.sku.v1
-name: box
-title: one machine with docker
-vendor: cpu
-arch: null
-product: test
-gpus_per_node: 0
-scale_up: null
-scale_out: null
-limits: []
-mechanism: docker
-container: docker
-image: a/b:c
-env: {GLOO_LOG_LEVEL: "ERROR"}
-refuse: []
-"""
-SUITE = """\
-schema: collectivex.suite.v1
-name: two
-description: two cells
-runs: 1
-order: declared
-deadline_s: 6
-sampling: {warmup_iterations: 1, warmup_s: 0, trials: 1, iterations: 4, chain_blocks: 4, chain_block: 2}
-groups:
-"""
-GROUP = """\
-  - {family: moe, backends: [fake], workloads: [tiny], dtypes: [bf16], tokens: [%d], modes: [normal],
-     variants: [rank-sum], regimes: [fresh, chained], knobs: {latency_us: "dispatch=10,combine=20"%s}}
 """
 
 
@@ -152,33 +121,23 @@ def test_a_path_that_would_end_a_mount_is_refused(path: str) -> None:
         Container("pyxis", "i", "cpu", "python3", {Path(path): True})
 
 
-class Box:
+class Box(fault_cells.Box):
     """A machine whose docker is the stand-in."""
 
     def __init__(self, folder: Path):
-        self.folder, self.out = folder, folder / "out"
         (folder / "docker").write_text(
             DOCKER.format(python=sys.executable, folder=str(folder), digest=DIGEST)
         )
         (folder / "docker").chmod(0o755)
-        (folder / "box.yaml").write_text(POOL)
-        self.env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "CX_PYTHON": sys.executable}
-        self.env.pop("SLURM_JOB_ID", None)
+        path = f"{folder}:{os.environ['PATH']}"
+        super().__init__(folder, {**os.environ, "PATH": path, "CX_PYTHON": sys.executable})
 
-    def argv(self, faults: list[str]) -> list[str]:
-        groups = [GROUP % (t, f", fault: {fault}" if fault else "") for t, fault in enumerate(faults, 1)]
-        (self.folder / "two.yaml").write_text(SUITE + "".join(groups))
+    def argv(self, *faults: str) -> list[str]:
         launcher = str(ROOT / "launchers" / "launch_local.sh")
-        files = ["--sku", str(self.folder / "box.yaml"), "--suite", str(self.folder / "two.yaml")]
+        keys = {"mechanism": "docker", "container": "docker", "image": "a/b:c"}
+        pool = program_pool.write_pool(self.folder, "box", env={"GLOO_LOG_LEVEL": "ERROR"}, **keys)
+        files = ["--sku", pool, "--suite", fault_cells.write_suite(self.folder, faults)]
         return [launcher, *files, "--backend", "fake", "--ranks", "2", "--out", str(self.out)]
-
-    def launch(self, *faults: str) -> subprocess.CompletedProcess[str]:
-        argv = self.argv(list(faults))
-        return subprocess.run(argv, env=self.env, capture_output=True, text=True, check=False, timeout=120)
-
-    def records(self) -> list[dict]:
-        cells = json.loads((self.out / "manifest.json").read_text())["cells"]
-        return [json.loads((self.out / cell["file"]).read_text()) for cell in cells]
 
     def calls(self) -> list[list[str]]:
         return [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
@@ -191,7 +150,7 @@ def box(tmp_path: Path) -> Box:
 
 def test_a_launch_in_a_container_ends_in_the_same_records(box: Box) -> None:
     """One container for all ranks; crash and honest cell told apart; the image's digest is recorded."""
-    done = box.launch("crash", "")
+    done = box.run(box.argv("crash", ""))
 
     first, second = box.records()
     assert done.returncode == 1, done.stderr
@@ -205,7 +164,7 @@ def test_a_launch_in_a_container_ends_in_the_same_records(box: Box) -> None:
 
 def test_a_hang_in_a_container_has_stacks_and_ends(box: Box) -> None:
     """The watchdog reaches into the container by our own container's name."""
-    done = box.launch("hang", "")
+    done = box.run(box.argv("hang", ""))
 
     first, second = box.records()
     assert (first["status"], second["status"]) == ("timeout", "ok"), done.stderr
@@ -215,7 +174,7 @@ def test_a_hang_in_a_container_has_stacks_and_ends(box: Box) -> None:
 def test_a_container_that_does_not_start_is_infra_with_its_words(box: Box) -> None:
     """The first thing that asks for one is the health check."""
     (box.folder / "broken").touch()
-    done = box.launch("", "")
+    done = box.run(box.argv("", ""))
 
     assert done.returncode == 3
     assert {record["status"] for record in box.records()} == {"infra"}
@@ -224,33 +183,13 @@ def test_a_container_that_does_not_start_is_infra_with_its_words(box: Box) -> No
 
 def test_killed_outright_nothing_goes_on_inside(box: Box) -> None:
     """The container ends with its stdin."""
-
-    def left() -> list[str]:
-        """Processes whose command line names the folder."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                text = path.read_bytes()
-            except OSError:
-                continue
-            if str(box.out).encode() in text:
-                found.append(path.parent.name)
-        return found
-
-    process = subprocess.Popen(
-        box.argv(["slow"]), env=box.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    until = time.monotonic() + 60
-    while not list(box.out.glob("logs/fake.r0.0/rank1.beat.json")) and time.monotonic() < until:
-        time.sleep(0.1)
-    assert len(left()) >= 4, "the launch, the container and two ranks"
+    process = box.start(box.argv("slow"))
+    assert box.started()
+    assert len(box.left()) >= 4, "the launch, the container and two ranks"
     process.send_signal(signal.SIGKILL)
     process.wait()
 
-    until = time.monotonic() + 15
-    while left() and time.monotonic() < until:
-        time.sleep(0.1)
-    assert left() == []
+    assert box.ends(), box.left()
 
 
 def test_docker_images_are_run_by_digest(tmp_path: Path) -> None:

@@ -179,7 +179,10 @@ def test_missing_packages_of_the_host_half_are_named(monkeypatch):
 
 def test_a_bundled_backend_runs_where_torch_has_its_device():
     """On a CPU machine on the CPU, on a GPU machine on both."""
-    assert doctor.backend_line(BUNDLED, CPU)[0].value == "as installed on cpu, never yet run on its hardware"
+    assert (
+        doctor.backend_line(BUNDLED, CPU)[0].value
+        == "as installed on cpu, contract-only on cpu: never yet run there"
+    )
     assert "on cpu, cuda" in doctor.backend_line(BUNDLED, CUDA)[0].value
 
 

@@ -95,7 +95,7 @@ def located(
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda rank: SimpleNamespace(uuid=rank))
     monkeypatch.setattr(nvml, "fabric", lambda uuid: fabrics[int(uuid.removeprefix("GPU-"))])
-    told = asdict(Place("e", "a", "s", "pool", "t", nodes_per_domain=nodes_per_domain))
+    told = asdict(Place("e", "a", "s", "pool", "t", "cuda", nodes_per_domain=nodes_per_domain))
 
     def work(ranks: Ranks) -> Place:
         ranks.ranks_per_node = 2

@@ -266,6 +266,18 @@ def test_the_kernel_ends_a_rank_whose_starter_is_gone(tmp_path):
     assert not _lives(pid)
 
 
+@pytest.mark.parametrize(("parent", "code"), [("os.getppid()", 0), ("os.getppid() + 1", -signal.SIGKILL)])
+def test_a_rank_whose_starter_was_gone_before_it_could_ask_ends_at_once(parent, code):
+    """Between the start of a process and its request to the kernel its parent may die: nobody tells it."""
+    rank = (
+        "import os; from collectivex.runtime.environment import die_with_parent\n"
+        f"die_with_parent(parent={parent})"
+    )
+    done = subprocess.run([sys.executable, "-c", rank], cwd=ROOT, check=False)
+
+    assert code == done.returncode
+
+
 def _lives(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"

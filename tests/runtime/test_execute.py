@@ -12,35 +12,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from fault_cells import DEADLINE_S, processes, records, until, write_suite
 
 from collectivex.runtime import validate
 from collectivex.runtime.processes import worker_command
 
-HEAD = """\
-schema: collectivex.suite.v1
-name: faults
-description: one fault a cell
-runs: 1
-order: declared
-deadline_s: {deadline}
-sampling: {{warmup_iterations: 1, warmup_s: 0, trials: 1, iterations: 4, chain_blocks: 4, chain_block: 2}}
-groups:
-"""
-GROUP = """\
-  - family: moe
-    backends: [fake]
-    workloads: [tiny]
-    dtypes: [bf16]
-    tokens: [{tokens}]
-    modes: [normal]
-    variants: [rank-sum]
-    regimes: [fresh, chained]
-    knobs: {knobs}
-"""
 # In this order: an honest cell after every kind of end shows that the rest goes on.
 CELLS = [
     "",
@@ -56,42 +35,14 @@ CELLS = [
 ]
 
 
-def write_suite(folder: Path, faults: list[str], deadline: float = 5) -> Path:
-    groups = []
-    for tokens, fault in enumerate(faults, start=1):
-        knobs = {"latency_us": "dispatch=10,combine=20", **({"fault": fault} if fault else {})}
-        groups.append(GROUP.format(tokens=tokens, knobs=json.dumps(knobs)))
-    path = folder / "faults.yaml"
-    path.write_text(HEAD.format(deadline=deadline) + "".join(groups))
-    return path
-
-
 def cx(*arguments: str) -> list[str]:
     argv = worker_command()
     return [*argv[: argv.index("worker")], *arguments]
 
 
-def run(suite: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    argv = cx("run", "--suite", str(suite), "--backend", "fake", "--ranks", "2", "--out", str(out), *more)
+def run(suite: str, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    argv = cx("run", "--suite", suite, "--backend", "fake", "--ranks", "2", "--out", str(out), *more)
     return subprocess.run(argv, capture_output=True, text=True, timeout=240, check=False)
-
-
-def records(out: Path) -> list[dict]:
-    """The records in the order of the manifest."""
-    manifest = json.loads((out / "manifest.json").read_text())
-    return [json.loads((out / entry["file"]).read_text()) for entry in manifest["cells"]]
-
-
-def worker_processes(out: Path) -> list[int]:
-    """Processes whose command line names this folder."""
-    found = []
-    for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(out).encode() in cmdline.read_bytes() and int(cmdline.parent.name) != os.getpid():
-                found.append(int(cmdline.parent.name))
-        except OSError:
-            continue
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +111,7 @@ def test_a_hang_records_where_every_rank_was(faulty):
     _, _, found = faulty
     record = found[CELLS.index("hang")]
 
-    assert "no result within the deadline of 5 s" in record["reason"]
+    assert f"no result within the deadline of {DEADLINE_S} s" in record["reason"]
     assert ["rank 0", "rank 1"] == re.findall(r"rank \d", record["reason"])
     assert all("File" in rank["stack"] for rank in record["failure"]["ranks"])
     assert "_fake" in record["failure"]["ranks"][1]["stack"]
@@ -203,7 +154,7 @@ def test_nothing_of_the_group_survives(faulty):
     """No rank, hung or waiting, is left behind."""
     out, _, _ = faulty
 
-    assert [] == worker_processes(out)
+    assert [] == processes(out)
 
 
 def test_no_record_tells_the_host_or_the_user(faulty):
@@ -223,23 +174,32 @@ def test_the_key_of_the_host_hashes_is_gone(faulty):
     assert not (out / "logs" / ".key").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_and_resumed(tmp_path, number):
-    """Ctrl-C or SIGTERM leaves valid files and says what did not run; --resume runs just that."""
+def interrupted(tmp_path, number) -> list[str]:
+    """The command of a run that got a signal in its second cell, after it left valid files and said what did
+    not run."""
     out = tmp_path / "out"
     suite = write_suite(tmp_path, ["", "slow", ""], deadline=60)
-    argv = cx("run", "--suite", str(suite), "--backend", "fake", "--ranks", "2", "--out", str(out))
+    argv = cx("run", "--suite", suite, "--backend", "fake", "--ranks", "2", "--out", str(out))
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 60
-    while not list((out / "cells").glob("tiny-t1-*.json")) and time.monotonic() < until:
-        time.sleep(0.05)
+    assert until(lambda: list((out / "cells").glob("tiny-t1-*.json")), 60)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
 
     assert 1 == process.returncode, stderr
     assert ["ok", "not-run", "not-run"] == [record["status"] for record in records(out)]
     assert "--resume" in stderr
-    assert [] == worker_processes(out)
+    assert [] == processes(out)
+    return argv
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path):
+    """As a scheduler ends it."""
+    interrupted(tmp_path, signal.SIGTERM)
+
+
+def test_a_resumed_run_runs_just_what_did_not(tmp_path):
+    """After Ctrl-C; what was measured stays as it is."""
+    out, argv = tmp_path / "out", interrupted(tmp_path, signal.SIGINT)
     kept = next((out / "cells").glob("tiny-t1-*.json")).read_text()
 
     resumed = subprocess.run(
@@ -282,7 +242,7 @@ def test_without_torch_the_error_says_how_to_get_it(tmp_path):
         "u.find_spec = lambda name, package=None: None if name == 'torch' else find(name, package)\n"
     )
     argv = cx(
-        "run", "--suite", str(write_suite(tmp_path, [""])), "--backend", "fake", "--out", str(tmp_path / "o")
+        "run", "--suite", write_suite(tmp_path, [""]), "--backend", "fake", "--out", str(tmp_path / "o")
     )
 
     done = subprocess.run(

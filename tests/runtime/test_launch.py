@@ -39,6 +39,12 @@ def cx(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, s
     return code, captured.out, captured.err
 
 
+def words(out: Path, *more: str, pool: str = "h100-dgxc", site: Path | None = SITE) -> list[str]:
+    """A launch of the smoke suite."""
+    where = ["--site", str(site)] if site else []
+    return ["launch", "--sku", pool, "--suite", "smoke", *where, "--out", str(out), *more]
+
+
 def dry(capsys: pytest.CaptureFixture[str], pool: str, name: str, *more: str) -> str:
     fixed = ["--backend", "torch_dist", "--out", "/results/a run", "--site", str(SITE), "--dry-run"]
     code, out, err = cx(capsys, "launch", "--sku", pool, "--suite", name, *fixed, *more)
@@ -227,7 +233,7 @@ def test_a_mistake_in_a_sku_file_is_told_first(
     path = tmp_path / "pool.yaml"
     path.write_text(POOL.replace(find, put))
     out = tmp_path / "out"
-    code, _, err = cx(capsys, "launch", "--sku", str(path), "--suite", "smoke", "--out", str(out))
+    code, _, err = cx(capsys, *words(out, pool=str(path), site=None))
     assert code == 2
     assert told in err
     assert not out.exists()
@@ -253,18 +259,7 @@ def test_a_site_file_that_will_not_do_is_told_first(
     site = tmp_path / "facts.yaml"
     site.write_text(f"schema: collectivex.site.v1\npools:\n  pool: {entry}\n")
     out = tmp_path / "out"
-    argv = [
-        "launch",
-        "--sku",
-        str(tmp_path / "pool.yaml"),
-        "--suite",
-        "smoke",
-        "--out",
-        str(out),
-        "--site",
-        str(site),
-    ]
-    code, _, err = cx(capsys, *argv)
+    code, _, err = cx(capsys, *words(out, pool=str(tmp_path / "pool.yaml"), site=site))
     assert code == 2
     assert told in err
     assert not out.exists()
@@ -275,17 +270,13 @@ def test_slurm_without_a_site_file_is_told_first(
 ) -> None:
     """And where to write one; a file without this pool names the nearest one it has."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    code, _, err = cx(
-        capsys, "launch", "--sku", "h100-dgxc", "--suite", "smoke", "--out", str(tmp_path / "out")
-    )
+    code, _, err = cx(capsys, *words(tmp_path / "out", site=None))
     assert code == 2
     assert "needs a site file" in err
     site = tmp_path / "facts.yaml"
     site.write_text("schema: collectivex.site.v1\npools: {h100-dgx: {image_folder: /i}}\n")
     monkeypatch.setenv("COLLECTIVEX_SITE", str(site))
-    code, _, err = cx(
-        capsys, "launch", "--sku", "h100-dgxc", "--suite", "smoke", "--out", str(tmp_path / "out")
-    )
+    code, _, err = cx(capsys, *words(tmp_path / "out", site=None))
     assert code == 2
     assert "did you mean 'h100-dgx'?" in err
 
@@ -295,8 +286,7 @@ def test_a_folder_with_foreign_files_is_refused_first(
 ) -> None:
     """Before an allocation, and nothing of the user's is touched."""
     (tmp_path / "thesis.tex").write_text("")
-    argv = ["launch", "--sku", "h100-dgxc", "--suite", "smoke", "--site", str(SITE), "--out", str(tmp_path)]
-    code, _, err = cx(capsys, *argv)
+    code, _, err = cx(capsys, *words(tmp_path))
     assert code == 2
     assert "files that are not ours" in err
     assert os.listdir(tmp_path) == ["thesis.tex"]
@@ -306,18 +296,7 @@ def test_a_mount_that_cannot_be_written_is_told_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A comma or colon ends a mount in every container program's list."""
-    argv = [
-        "launch",
-        "--sku",
-        "h100-dgxc",
-        "--suite",
-        "smoke",
-        "--site",
-        str(SITE),
-        "--out",
-        str(tmp_path / "a,b"),
-    ]
-    code, _, err = cx(capsys, *argv)
+    code, _, err = cx(capsys, *words(tmp_path / "a,b"))
     assert code == 2
     assert "comma or colon" in err
     assert os.listdir(tmp_path) == []
@@ -341,18 +320,7 @@ def test_without_slurm_a_launch_ends_in_records(
         "schema: collectivex.site.v1\n"
         f"pools: {{h100-dgxc: {{account: hush, image_file: {tmp_path}/i.sqsh}}}}\n"
     )
-    argv = [
-        "launch",
-        "--sku",
-        "h100-dgxc",
-        "--suite",
-        "smoke",
-        "--backend",
-        "torch_dist",
-        "--site",
-        str(site),
-    ]
-    code, out, err = cx(capsys, *argv, "--out", str(tmp_path / "out"))
+    code, out, err = cx(capsys, *words(tmp_path / "out", "--backend", "torch_dist", site=site))
     assert code == 3
     assert "error: cannot start salloc" in err
     assert re.search(r"ok 0 / (\d+) requested · infra \1", out)
@@ -370,18 +338,7 @@ def test_a_requeued_job_goes_on_where_it_was(
     """Slurm starts the same script again: its folder is resumed. A second start by a person is refused."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    argv = [
-        "launch",
-        "--sku",
-        "h100-dgxc",
-        "--suite",
-        "smoke",
-        "--backend",
-        "torch_dist",
-        "--site",
-        str(SITE),
-    ]
-    argv += ["--out", str(tmp_path / "out")]
+    argv = words(tmp_path / "out", "--backend", "torch_dist")
     assert cx(capsys, *argv)[0] == 3
     code, _, err = cx(capsys, *argv)
     assert code == 2
@@ -397,50 +354,29 @@ def test_a_stage_that_cannot_be_made_is_a_record(
     site = tmp_path / "facts.yaml"
     pool = "{stage_folder: /dev/null/stage, image_folder: /shared/images}"
     site.write_text(f"schema: collectivex.site.v1\npools: {{h100-dgxc: {pool}}}\n")
-    argv = [
-        "launch",
-        "--sku",
-        "h100-dgxc",
-        "--suite",
-        "smoke",
-        "--backend",
-        "torch_dist",
-        "--site",
-        str(site),
-    ]
-    code, out, _ = cx(capsys, *argv, "--out", str(tmp_path / "out"))
+    code, out, _ = cx(capsys, *words(tmp_path / "out", "--backend", "torch_dist", site=site))
     assert code == 3
     assert "staging failed" in out
     assert not any("/dev/null" in p.read_text() for p in tmp_path.glob("out/cells/*.json"))
 
 
 @pytest.mark.parametrize(
-    ("words", "kept"),
+    ("given", "kept"),
     [
         (["launch", "--site", "/home/me/x", "--out", "o"], ["launch", "--out", "o"]),
         (["launch", "--site=/home/me/x"], ["launch"]),
         (["launch", "--out", "--site"], ["launch", "--out"]),
     ],
 )
-def test_the_site_files_name_is_not_recorded(words: list[str], kept: list[str]) -> None:
+def test_the_site_files_name_is_not_recorded(given: list[str], kept: list[str]) -> None:
     """It may tell who and where."""
-    assert launch.without_site(words) == kept
+    assert launch.without_site(given) == kept
 
 
 def test_a_sweep_is_one_launcher_call_per_shard(capsys: pytest.CaptureFixture[str]) -> None:
     """One line for each SKU, suite and backend that has work there; a backend without any has none."""
-    argv = [
-        "sweep",
-        "--sku",
-        "h100-dgxc,mi300x-amds",
-        "--suite",
-        "smoke",
-        "--backend",
-        "torch_dist",
-        "--runs",
-        "2",
-    ]
-    code, out, _ = cx(capsys, *argv)
+    argv = ["sweep", "--sku", "h100-dgxc,mi300x-amds", "--suite", "smoke", "--backend", "torch_dist"]
+    code, out, _ = cx(capsys, *argv, "--runs", "2")
     assert code == 0
     assert out.splitlines() == [
         f"launchers/launch_{pool}.sh --suite smoke --backend torch_dist --runs 2"

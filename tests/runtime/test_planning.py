@@ -130,8 +130,20 @@ def test_lists_name_everything(
 def test_backends_show_what_they_are_worth(capsys: pytest.CaptureFixture[str]) -> None:
     """Whether a backend has run on its hardware stands in every list of backends."""
     rows = json.loads(said(capsys, "list", "backends", "--format", "json"))
-    assert {row["validated"] for row in rows} <= {"hardware", "contract-only"}
+    assert all(
+        row["validated"] == "contract-only" or set(row["validated"]) <= set(row["runs on"]) for row in rows
+    )
+    assert ["cpu", "cuda"] == next(row["validated"] for row in rows if row["backend"] == "torch_dist")
     assert all(row["pin"] and row["modes/variants"] for row in rows)
+
+
+def test_a_plan_names_what_has_never_run_on_such_hardware(capsys: pytest.CaptureFixture[str]) -> None:
+    """torch_dist is proven on NVIDIA GPUs, which says nothing of RCCL."""
+    amd = said(capsys, "plan", "--suite", "ep-quick", "--sku", "mi300x-amds").splitlines()[-1]
+    nvidia = said(capsys, "plan", "--suite", "ep-quick", "--sku", "h200-dgxc").splitlines()[-1]
+    assert amd.startswith("contract-only, never run on such hardware: ")
+    assert "torch_dist padded" in amd
+    assert "torch_dist" not in nvidia
 
 
 def test_table_columns_are_aligned_and_never_cut() -> None:

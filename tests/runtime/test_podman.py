@@ -7,15 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import fault_cells
 import program_pool
 import pytest
-from podman_host import POOL, PodmanHost
+from fault_cells import until
+from podman_host import PodmanHost, podman_host
 
 from collectivex.runtime import prepared
 from collectivex.runtime.containers import Container
@@ -28,51 +27,29 @@ FEW = ("--only", "all_reduce-4096B", "--only", "tiny-t1-bf16-uniform-normal")
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[PodmanHost]:
-    with tempfile.TemporaryDirectory(prefix="cx-podman-", ignore_cleanup_errors=True) as folder:
-        found = PodmanHost(Path(folder))
-        try:
-            yield found
-        finally:
-            found.close()
+    with podman_host() as found:
+        yield found
 
 
-class Box:
+class Box(fault_cells.Box):
     """A machine whose pool says podman."""
 
     def __init__(self, host: PodmanHost, folder: Path):
-        self.folder, self.out = folder, folder / "out"
-        (folder / "box.yaml").write_text(POOL.format(image=host.image))
-        self.env = {**host.env, "CX_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-        self.env.pop("SLURM_JOB_ID", None)
+        super().__init__(folder, {**host.env, "CX_PYTHON": sys.executable})
+        self.pool = host.write_pool(folder)
 
     def argv(self, *more: str) -> list[str]:
         launcher = str(ROOT / "launchers" / "launch_local.sh")
-        return [launcher, "--sku", str(self.folder / "box.yaml"), "--out", str(self.out), *more]
+        return [launcher, "--sku", str(self.pool), "--out", str(self.out), *more]
 
     def faulty(self, *faults: str) -> list[str]:
-        suite = fault_cells.write_suite(self.folder, faults, 6)
+        suite = fault_cells.write_suite(self.folder, faults)
         return self.argv("--suite", suite, "--backend", "fake", "--ranks", "2")
-
-    def run(self, argv: list[str]) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(argv, env=self.env, capture_output=True, text=True, check=False, timeout=180)
-
-    def records(self) -> list[dict]:
-        return fault_cells.records(self.out)
-
-    def left(self) -> list[str]:
-        return fault_cells.processes(self.out)
 
 
 @pytest.fixture
 def box(host: PodmanHost, tmp_path: Path) -> Box:
     return Box(host, tmp_path)
-
-
-def until(what: Callable[[], object], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not what() and time.monotonic() < end:
-        time.sleep(0.1)
-    return bool(what())
 
 
 def test_a_smoke_suite_in_a_real_container_ends_well(host: PodmanHost, box: Box) -> None:
@@ -94,8 +71,7 @@ def test_a_smoke_suite_in_a_real_container_ends_well(host: PodmanHost, box: Box)
 
 def test_torchrun_of_the_image_starts_the_ranks(host: PodmanHost, box: Box) -> None:
     """`start` of the SKU counts in the container too; a dry run shows the same command."""
-    pool = box.folder / "box.yaml"
-    pool.write_text(pool.read_text() + "start: torchrun\n")
+    box.pool.write_text(box.pool.read_text() + "start: torchrun\n")
     words = box.argv("--suite", "smoke", "--backend", "torch_dist", "--ranks", "2", *FEW[:2])
     plan, done = box.run([*words, "--dry-run"]), box.run(words)
 
@@ -108,11 +84,11 @@ def test_torchrun_of_the_image_starts_the_ranks(host: PodmanHost, box: Box) -> N
 
 def test_a_crash_and_a_hang_in_a_real_container_are_told_apart(host: PodmanHost, box: Box) -> None:
     """The exit codes of ranks and the stacks of hanging ones come out; the honest cell is measured."""
-    done = box.run(box.faulty("crash", "hang", ""))
+    done = box.run(box.faulty("hang", "", "crash"))
 
-    crash, hang, honest = box.records()
+    hang, honest, crash = box.records()
     assert done.returncode == 1, done.stdout + done.stderr
-    assert (crash["status"], hang["status"], honest["status"]) == ("failed", "timeout", "ok"), done.stderr
+    assert (hang["status"], honest["status"], crash["status"]) == ("timeout", "ok", "failed"), done.stderr
     assert "rank 1 killed by SIGSEGV" in crash["reason"]
     assert all("File" in rank["stack"] for rank in hang["failure"]["ranks"])
     assert host.containers() == []
@@ -124,13 +100,12 @@ def test_nothing_goes_on_in_a_real_container_after_the_launch(
     host: PodmanHost, box: Box, number: signal.Signals
 ) -> None:
     """Told to end, a launch ends its container and accounts for the cell; killed outright, its stdin ends."""
-    null = subprocess.DEVNULL
-    process = subprocess.Popen(box.faulty("slow"), env=box.env, stdout=null, stderr=null)
-    assert until(lambda: list(box.out.glob("logs/fake.r0.0/rank1.beat.json")), 60)
+    process = box.start(box.faulty("slow"))
+    assert box.started()
     process.send_signal(number)
     code = process.wait(60)
 
-    assert until(lambda: not box.left(), 20), box.left()
+    assert box.ends(), box.left()
     assert until(lambda: not host.containers(), 20)
     if number == signal.SIGTERM:
         assert code == 1
@@ -156,8 +131,7 @@ def test_only_the_output_folder_is_writable(host: PodmanHost, tmp_path: Path) ->
 
 def test_an_image_that_is_not_there_is_infra_with_podmans_words(host: PodmanHost, box: Box) -> None:
     """No container is started, and every cell has a record."""
-    pool = box.folder / "box.yaml"
-    pool.write_text(pool.read_text().replace("cx/python:1", "cx/python:2"))
+    box.pool.write_text(box.pool.read_text().replace("cx/python:1", "cx/python:2"))
     done = box.run(box.faulty("", ""))
 
     assert done.returncode == 3, done.stdout + done.stderr
@@ -244,14 +218,13 @@ def test_no_program_goes_on_in_a_real_container_after_the_launch(
     ends too."""
     program_pool.install(prepared_for(host, program), fault="early-hang")
     argv = program.argv("--suite", program_pool.write_suite(program.folder, deadline=100))
-    null = subprocess.DEVNULL
-    process = subprocess.Popen(argv, env=program.env, stdout=null, stderr=null)
+    process = program.start(argv)
     written = "logs/cpu_tests.r0.0/process0/*.json"
     assert until(lambda: list(program.out.glob(written)), 60)
     process.send_signal(number)
     code = process.wait(60)
 
-    assert until(lambda: not program.left(), 20), program.left()
+    assert program.ends(), program.left()
     assert until(lambda: not host.containers(), 20)
     if number == signal.SIGINT:
         assert code == 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import fault_cells
 import pytest
-from podman_host import POOL, PodmanHost
+from podman_host import PodmanHost, podman_host
 
 from collectivex.runtime import prepared
 from collectivex.runtime.staging import CODE
@@ -65,12 +64,8 @@ class Backend(fake.Backend):
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[PodmanHost]:
-    with tempfile.TemporaryDirectory(prefix="cx-podman-", ignore_cleanup_errors=True) as folder:
-        found = PodmanHost(Path(folder))
-        try:
-            yield found
-        finally:
-            found.close()
+    with podman_host() as found:
+        yield found
 
 
 @pytest.fixture
@@ -111,8 +106,7 @@ class Checkout:
         for name in CODE:
             shutil.copytree(ROOT / name, self.root / name, ignore=shutil.ignore_patterns("__pycache__"))
         (self.root / "backends" / "tiny.py").write_text(BACKEND.format(url=url, pin=pin))
-        self.pool = folder / "box.yaml"
-        self.pool.write_text(POOL.format(image=host.image))
+        self.pool = host.write_pool(folder)
         suite = Path(fault_cells.write_suite(folder, [""], 20))
         suite.write_text(suite.read_text().replace("backends: [fake]", "backends: [tiny]"))
         self.env = {**host.env, "CX_LIBRARIES": str(self.libraries), "OMP_NUM_THREADS": "1"}

@@ -18,6 +18,7 @@ from typing import Any
 import fault_cells
 import nccl_tests_bin as fakes
 import pytest
+from fault_cells import until
 
 from collectivex.backends.base import Ended, Start
 from collectivex.backends.nccl_tests import Backend
@@ -63,6 +64,28 @@ groups:
 """
 
 
+def command(folder: Path) -> list[str]:
+    """`cx run` with the suite and the pool in `folder`."""
+    argv = worker_command()
+    argv = [*argv[: argv.index("worker")], "run", "--suite", str(folder / "sweep.yaml")]
+    return [*argv, "--sku", str(folder / "pool.yaml"), "--out", str(folder / "out")]
+
+
+def documents(folder: Path) -> list[Path]:
+    """What the program has written of its JSON documents, its environment in them."""
+    return list((folder / "out" / "logs").glob("*/process*/*.json"))
+
+
+def hanging(folder: Path, suite: str = SUITE) -> subprocess.Popen[str]:
+    """`cx run`, once the program hangs with a document begun."""
+    (folder / "pool.yaml").write_text(SKU)
+    (folder / "sweep.yaml").write_text(suite.replace("deadline_s: 2", "deadline_s: 60"))
+    plan = fakes.environ(fakes.install(folder / "bin"), fault="early-hang")
+    process = subprocess.Popen(command(folder), env={**os.environ, **plan}, stderr=subprocess.PIPE, text=True)
+    assert until(lambda: documents(folder), 30)
+    return process
+
+
 @pytest.fixture
 def bench(tmp_path: Path):
     """Run the suite with fakes that behave like `plan` says; (exit code, records in order, stderr)."""
@@ -71,9 +94,7 @@ def bench(tmp_path: Path):
 
     def run(*more: str, suite: str = SUITE, **plan: Any) -> tuple[int, list[dict], str]:
         (tmp_path / "sweep.yaml").write_text(suite)
-        argv = worker_command()
-        argv = [*argv[: argv.index("worker")], "run", "--suite", str(tmp_path / "sweep.yaml")]
-        argv += ["--sku", str(tmp_path / "pool.yaml"), "--out", str(tmp_path / "out"), *more]
+        argv = [*command(tmp_path), *more]
         environ = {**os.environ, **fakes.environ(binaries, **plan), "XDG_STATE_HOME": str(tmp_path)}
         environ["NCCL_TESTS_SPLIT"] = "MOD 2"
         done = subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=120, check=False)
@@ -178,8 +199,7 @@ def test_a_hang_is_ended_at_the_deadline_of_a_case(bench: Any, tmp_path: Path) -
     assert "no further line of results within the deadline of 2 s" in records[1]["reason"]
     assert "# Using devices" in records[1]["failure"]["ranks"][0]["stderr"]
     assert time.monotonic() - began < 60
-    running = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists()]
-    assert not any(str(tmp_path).encode() in line for line in running)
+    assert fault_cells.processes(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -259,25 +279,15 @@ def test_a_sibling_process_with_wrong_data_takes_the_number_with_it(bench: Any) 
 
 def test_an_interrupted_run_leaves_no_process_and_no_environment(tmp_path: Path) -> None:
     """Ctrl-C during a hang: not-run, and the half-written document is gone."""
-    (tmp_path / "pool.yaml").write_text(SKU)
-    (tmp_path / "sweep.yaml").write_text(SUITE.replace("deadline_s: 2", "deadline_s: 60"))
-    argv = worker_command()
-    argv = [*argv[: argv.index("worker")], "run", "--suite", str(tmp_path / "sweep.yaml")]
-    argv += ["--sku", str(tmp_path / "pool.yaml"), "--out", str(tmp_path / "out")]
-    plan = fakes.environ(fakes.install(tmp_path / "bin"), fault="early-hang")
-    process = subprocess.Popen(argv, env={**os.environ, **plan}, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 30
-    while not list((tmp_path / "out" / "logs").glob("*/process*/*.json")) and time.monotonic() < until:
-        time.sleep(0.05)
+    process = hanging(tmp_path)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
 
     assert "--resume" in stderr
     records = [json.loads(p.read_text()) for p in (tmp_path / "out" / "cells").glob("*.json")]
     assert [r["status"] for r in records] == ["not-run"] * 3
-    assert not list((tmp_path / "out" / "logs").glob("*/process*/*.json"))
-    running = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists()]
-    assert not any(str(tmp_path).encode() in line for line in running)
+    assert not documents(tmp_path)
+    assert fault_cells.processes(tmp_path) == []
 
 
 def test_every_multicast_switch_of_the_pool_reaches_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,8 +311,11 @@ def test_a_machine_without_gpus_says_that_it_needs_some() -> None:
     assert None not in reasons
 
 
-def test_what_a_process_said_before_it_was_killed_is_there(tmp_path: Path) -> None:
+def test_what_a_process_said_before_it_was_killed_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A pipe would hold it back until the program's buffer is full; a terminal has every line."""
+    monkeypatch.setattr("collectivex.runtime.terminal.GRACE_S", 1.5)
     binaries = fakes.install(tmp_path / "bin")
     environ = fakes.environ(binaries, fault="early-hang")
     suite = tmp_path / "sweep.yaml"
@@ -354,49 +367,24 @@ def test_this_python_needs_no_torch_for_programs_alone(monkeypatch: pytest.Monke
 
 def test_killed_outright_no_program_goes_on(tmp_path: Path) -> None:
     """SIGKILL for `cx run`: the kernel ends its runner, and with that the program."""
-    (tmp_path / "pool.yaml").write_text(SKU)
-    (tmp_path / "sweep.yaml").write_text(SUITE.replace("deadline_s: 2", "deadline_s: 60"))
-    argv = worker_command()
-    argv = [*argv[: argv.index("worker")], "run", "--suite", str(tmp_path / "sweep.yaml")]
-    argv += ["--sku", str(tmp_path / "pool.yaml"), "--out", str(tmp_path / "out")]
-    plan = fakes.environ(fakes.install(tmp_path / "bin"), fault="early-hang")
-    null = subprocess.DEVNULL
-    process = subprocess.Popen(argv, env={**os.environ, **plan}, stdout=null, stderr=null)
-    until = time.monotonic() + 30
-    while not list((tmp_path / "out" / "logs").glob("*/process*/*.json")) and time.monotonic() < until:
-        time.sleep(0.05)
+    process = hanging(tmp_path)
     assert len(fault_cells.processes(tmp_path / "out")) >= 3, "cx, the runner and the program"
     process.kill()
-    process.wait()
-    until = time.monotonic() + 20
-    while fault_cells.processes(tmp_path / "out") and time.monotonic() < until:
-        time.sleep(0.05)
-    assert fault_cells.processes(tmp_path / "out") == []
+    process.communicate()
+    assert until(lambda: not fault_cells.processes(tmp_path / "out"), 20)
 
 
 def test_a_runner_that_is_killed_leaves_no_environment_behind(tmp_path: Path) -> None:
     """As by a container's memory limit, or srun: the record says so, and the host half cleans up."""
-    (tmp_path / "pool.yaml").write_text(SKU)
-    text = SUITE.replace("deadline_s: 2", "deadline_s: 60").replace("[1KiB, 4KiB, 16KiB]", "[1KiB]")
-    (tmp_path / "sweep.yaml").write_text(text)
-    argv = worker_command()
-    argv = [*argv[: argv.index("worker")], "run", "--suite", str(tmp_path / "sweep.yaml")]
-    argv += ["--sku", str(tmp_path / "pool.yaml"), "--out", str(tmp_path / "out")]
-    plan = fakes.environ(fakes.install(tmp_path / "bin"), fault="early-hang")
-    null = subprocess.DEVNULL
-    process = subprocess.Popen(argv, env={**os.environ, **plan}, stdout=null, stderr=null)
-    written = "*/process*/*.json"
-    until = time.monotonic() + 30
-    while not list((tmp_path / "out" / "logs").glob(written)) and time.monotonic() < until:
-        time.sleep(0.05)
+    process = hanging(tmp_path, SUITE.replace("[1KiB, 4KiB, 16KiB]", "[1KiB]"))
     cases = str(tmp_path / "out" / "logs" / "nccl_tests.r0.0" / "cases.json").encode()
     lines = {p.parent.name: p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists()}
     (runner,) = [int(pid) for pid, line in lines.items() if cases in line]
     os.kill(runner, signal.SIGKILL)
-    process.wait(30)
+    process.communicate(timeout=30)
 
     (record,) = [json.loads(p.read_text()) for p in (tmp_path / "out" / "cells").glob("*.json")]
     assert record["status"] == "failed"
     assert "rank 0 killed by SIGKILL in all_reduce-float32-1024" in record["reason"]
     assert "# Using devices" in record["failure"]["ranks"][0]["stderr"]
-    assert not list((tmp_path / "out" / "logs").glob(written))
+    assert not documents(tmp_path)

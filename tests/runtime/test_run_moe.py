@@ -49,7 +49,7 @@ def outcome_of(case, backend=Backend):
     def work(ranks):
         device, library = ManualDevice(), backend()
         library.setup(Context(ranks, device))
-        place = Place("e", "a", "s", "local", "t")
+        place = Place("e", "a", "s", "local", "t", "cpu")
         session = Session(ranks, device, library, place, ranks.barrier, lambda p, i: None, "", Path(), {}, {})
         return measure_moe(session, case, case.shape)
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import fault_cells
+import program_pool
 import pytest
 
 from collectivex.runtime import environment
@@ -19,63 +18,28 @@ from collectivex.runtime.ranker import launcher_argv
 from collectivex.runtime.sku import load_sku
 from collectivex.runtime.yamlfile import ROOT
 
-POOL = """\
-schema: collectivex.sku.v1
-name: box
-title: one machine
-vendor: cpu
-arch: null
-product: test
-gpus_per_node: 0
-scale_up: null
-scale_out: null
-limits: []
-mechanism: {mechanism}
-start: {start}
-image: null
-env: {{GLOO_LOG_LEVEL: "ERROR"}}
-refuse: []
-"""
 no_mpi = pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun is installed")
 STARTS = ["torchrun", pytest.param("mpi", marks=no_mpi)]
 FEW = ("--only", "all_reduce-4096B", "--only", "tiny-t1-bf16-uniform-normal")
 
 
-class Box:
+class Box(fault_cells.Box):
     """A pool of this machine, whose ranks `start` starts."""
 
     def __init__(self, folder: Path, start: str, mechanism: str = "process"):
-        self.folder, self.out = folder, folder / "out"
-        self.pool = folder / "box.yaml"
-        self.pool.write_text(POOL.format(start=start, mechanism=mechanism))
         # what leaks in from a shell inside somebody else's job must not count
-        self.env = {**os.environ, "RANK": "9", "OMPI_COMM_WORLD_RANK": "8", "OMP_NUM_THREADS": "1"}
-        self.env.pop("SLURM_JOB_ID", None)
+        super().__init__(folder, {**os.environ, "RANK": "9", "OMPI_COMM_WORLD_RANK": "8"})
+        env = {"GLOO_LOG_LEVEL": "ERROR"}
+        self.pool = program_pool.write_pool(folder, "box", mechanism=mechanism, start=start, env=env)
         self.env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *environment.path_list("PYTHONPATH")])
 
     def argv(self, command: str, *more: str) -> list[str]:
-        words = [command, "--sku", str(self.pool), "--out", str(self.out), "--ranks", "2"]
+        words = [command, "--sku", self.pool, "--out", str(self.out), "--ranks", "2"]
         return [sys.executable, "-m", "collectivex", *words, *more]
 
     def faulty(self, *faults: str) -> list[str]:
-        return self.argv(
-            "run", "--suite", fault_cells.write_suite(self.folder, faults, 5), "--backend", "fake"
-        )
-
-    def run(self, argv: list[str]) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(argv, env=self.env, capture_output=True, text=True, check=False, timeout=180)
-
-    def records(self) -> list[dict]:
-        return fault_cells.records(self.out)
-
-    def left(self) -> list[str]:
-        return fault_cells.processes(self.out)
-
-    def ends(self, seconds: float = 20) -> bool:
-        until = time.monotonic() + seconds
-        while self.left() and time.monotonic() < until:
-            time.sleep(0.1)
-        return not self.left()
+        suite = fault_cells.write_suite(self.folder, faults)
+        return self.argv("run", "--suite", suite, "--backend", "fake")
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -98,11 +62,11 @@ def test_ranks_of_another_launcher_end_in_the_same_records(start: str, tmp_path:
 def test_a_crash_and_a_hang_behind_a_launcher_are_told_apart(start: str, tmp_path: Path) -> None:
     """Exit codes are the ranks' own, stacks come although torchrun forwards no signal; nothing is left."""
     box = Box(tmp_path, start)
-    done = box.run(box.faulty("crash", "hang", ""))
+    done = box.run(box.faulty("hang", "", "crash"))
 
-    crash, hang, honest = box.records()
+    hang, honest, crash = box.records()
     assert done.returncode == 1, done.stdout + done.stderr
-    assert (crash["status"], hang["status"], honest["status"]) == ("failed", "timeout", "ok"), done.stderr
+    assert (hang["status"], honest["status"], crash["status"]) == ("timeout", "ok", "failed"), done.stderr
     assert "rank 1 killed by SIGSEGV" in crash["reason"]
     assert all("File" in rank["stack"] for rank in hang["failure"]["ranks"])
     assert box.ends()
@@ -112,12 +76,9 @@ def test_a_crash_and_a_hang_behind_a_launcher_are_told_apart(start: str, tmp_pat
 def test_killed_outright_no_launcher_goes_on(start: str, tmp_path: Path) -> None:
     """Ranks end with the launcher, the launcher with the runner, the runner with its stdin."""
     box = Box(tmp_path, start)
-    null = subprocess.DEVNULL
-    process = subprocess.Popen(box.faulty("slow"), env=box.env, stdout=null, stderr=null)
-    until = time.monotonic() + 60
-    while not list(box.out.glob("logs/fake.r0.0/rank1.beat.json")) and time.monotonic() < until:
-        time.sleep(0.1)
+    process = box.start(box.faulty("slow"))
     try:
+        assert box.started()
         assert len(box.left()) >= 6, "the runner, the launcher, two of its ranks and two workers, and cx"
     finally:
         process.send_signal(signal.SIGKILL)
@@ -164,4 +125,4 @@ def test_a_rank_listens_to_its_own_launcher() -> None:
 def test_a_step_of_slurm_has_its_own_way(tmp_path: Path) -> None:
     """srun starts the ranks; a key that would change nothing is refused."""
     with pytest.raises(UserError, match="srun starts the ranks"):
-        load_sku(str(Box(tmp_path, "mpi", "slurm").pool))
+        load_sku(Box(tmp_path, "mpi", "slurm").pool)

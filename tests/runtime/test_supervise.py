@@ -220,12 +220,12 @@ def test_a_beat_with_a_limit_of_its_own_moves_the_deadline(tmp_path, monkeypatch
     """An external program answers several cells at once: each line that it prints starts the clock again."""
     monkeypatch.setattr("collectivex.runtime.supervise.GRACE_S", 0.0)
     monkeypatch.setattr("collectivex.runtime.supervise.POLL_S", 0.05)
-    lines = [{"cell": CELLS[0].id, "iteration": i // 4, "limit_s": 0.3} for i in range(40)]
+    lines = [{"cell": CELLS[0].id, "iteration": i // 4, "limit_s": 0.3} for i in range(16)]
 
     records, _ = watched(tmp_path / "alive", lines, True, 0.3)
     assert all(ending.status is Status.FAILED for ending in records.values()), "it ended without results"
 
-    records, _ = watched(tmp_path / "mute", [lines[0]] * 40, True, 99)
+    records, _ = watched(tmp_path / "mute", [lines[0]] * 16, True, 99)
     ending = records[CELLS[0].id]
     assert ending.status is Status.TIMEOUT
     assert "no result within the deadline of 0.3 s" in ending.reason
