@@ -246,6 +246,7 @@ def _worker(commands: Any) -> None:
     p.set_defaults(handler=".worker")
     p.add_argument("--cases", required=True, metavar="FILE")
     p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--parent", type=int, metavar="PID", help="end when this process does")
 
 
 def _rank(commands: Any) -> None:

@@ -241,11 +241,16 @@ def visible_gpus(environ: Mapping[str, str] | None = None) -> int | None:
     return None
 
 
-def die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
-    """Have the kernel end this process when the thread that started it ends (Linux; elsewhere nothing)."""
+def die_with_parent(by: signal.Signals = signal.SIGKILL, parent: int | None = None) -> None:
+    """Have the kernel end this process when the thread that started it ends (Linux; elsewhere nothing).
+
+    parent   its process, which may have ended before we could ask: then this one ends now
+    """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(by), 0, 0, 0)
+        if parent is not None and os.getppid() != parent:
+            os.kill(os.getpid(), by)
 
 
 def without_git(environ: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -29,7 +29,7 @@ class LocalGroup:
         folder = cases.parent
         port = free_port()
         self.processes: list[subprocess.Popen[bytes]] = []
-        argv = worker_command("--cases", str(cases), "--out", str(out))
+        argv = worker_command("--cases", str(cases), "--out", str(out), "--parent", str(os.getpid()))
         for rank in range(size):
             where = RankEnvironment(rank, size, rank, size, "127.0.0.1", port, "cx run")
             child = environment.child_environment(env, where)

@@ -82,7 +82,7 @@ class Rank:
             check_placement(cases["start"], where)
             child = environment.child_environment(cases["start"]["env"], where)
             with (self.folder / f"rank{where.rank}.log").open("wb") as log:
-                argv = worker_command("--cases", str(path), "--out", str(out))
+                argv = worker_command("--cases", str(path), "--out", str(out), "--parent", str(os.getpid()))
                 self.process = subprocess.Popen(
                     argv,
                     env=child,

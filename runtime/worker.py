@@ -67,8 +67,8 @@ def command(args: argparse.Namespace) -> int:
         )
     where = environment.rank_environment()
     heart = Heartbeat(Path(args.cases).parent, where.rank)
-    if cases.get("die_with_parent"):
-        environment.die_with_parent()
+    if args.parent is not None:
+        environment.die_with_parent(parent=args.parent)
     try:
         backend = registry.load(cases["backend"])
         if isinstance(backend, Program):
