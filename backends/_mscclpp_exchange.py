@@ -216,7 +216,7 @@ class Throughput(_Exchange):
         self.first: State | None = None
         if case.mode == "cached":
             self.first = self.dispatch()
-            self.combine(self.first, self.first.out.tokens.clone())
+            self.combine(self.first, self.stage(self.first, self.first.out.tokens.clone()))
 
     def dispatch(self) -> State:
         problem = self.problem
@@ -240,3 +240,13 @@ class Throughput(_Exchange):
 
     def outputs(self) -> Sequence[torch.Tensor]:
         return [] if self.last is None else [self.last.out.tokens]
+
+
+class ThroughputInPlace(Throughput):
+    """The experts write into the pool itself: what combine gets is the library's own, nothing is copied."""
+
+    def combine(self, state: State, staged: None) -> torch.Tensor:
+        return self.comm.combine(state.out.tokens, state.handle)
+
+    def stage(self, state: State, rows: torch.Tensor) -> None:
+        state.out.tokens.copy_(rows)

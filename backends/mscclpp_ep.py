@@ -16,6 +16,7 @@ Facts that shape the adapter, read in the kernels of 3d02152b
   THROUGHPUT  one row per token and rank in a receive pool; combine copies the staged rows into that pool,
               sums in float32 and casts once. So what came can be looked at before combine only: no check of a
               replayed graph is possible, although cached routing can be captured.
+  throughput-in-place  the experts write into the pool: no copy, and a chain gives back what came.
   The destructor of a communicator is collective: `close` drops all views of its memory on all ranks at once.
   A bootstrap is used for one communicator only: see _mscclpp_exchange._Exchange.
 """
@@ -46,6 +47,9 @@ _FAN_OUT = "pick slots, quantise (fp8), send each row once per rank, wait, fan o
 _BY_RANK = "write each row once per rank with its ids and weights, wait, counts"
 _LOCAL = "weigh and sum each rank's picks, one cast to bf16, send, wait, float32 sum over ranks, one cast"
 _DIRECT = "send every pick's row, wait, weighted float32 sum, one cast"
+_THROUGHPUT = "layout, exchange of counts, wait of the host for them, host all-gather, rows"
+_KNOWN = "publish the known prefix, rows; layout and metadata known"
+_IN_POOL = "wait, fetch, float32 sum over ranks, one cast; weights too"
 _POOL = "copy of the staged rows into the pool, wait, fetch, float32 sum over ranks, one cast; weights too"
 
 
@@ -122,16 +126,30 @@ FACTS = Facts(
             "throughput",
             "normal",
             ("bf16",),
-            {
-                "dispatch": "layout, exchange of counts, wait of the host for them, host all-gather, rows",
-                "combine": _POOL,
-            },
+            {"dispatch": _THROUGHPUT, "combine": _POOL},
         ),
         Variant(
             "throughput",
             "cached",
             ("bf16",),
-            {"dispatch": "publish the known prefix, rows; layout and metadata known", "combine": _POOL},
+            {"dispatch": _KNOWN, "combine": _POOL},
+        ),
+        Variant(
+            "throughput-in-place",
+            "normal",
+            ("bf16",),
+            {"dispatch": _THROUGHPUT, "combine": _IN_POOL},
+            in_place=True,
+            validated=(),
+        ),
+        Variant(
+            "throughput-in-place",
+            "cached",
+            ("bf16",),
+            {"dispatch": _KNOWN, "combine": _IN_POOL},
+            in_place=True,
+            graph_safe=True,
+            validated=(),
         ),
     ),
     env={"MSCCLPP_FORCE_DISABLE_NVLS": "1"},
@@ -155,10 +173,17 @@ class Backend(base.MoeOnly):
         self.ep = self.mscclpp.ep
 
     def moe(self, case: Case, problem: MoeProblem) -> base.Exchange:
-        from ._mscclpp_exchange import ExpertMajor, RankMajor, RankMajorDirect, Throughput
+        from . import _mscclpp_exchange as exchanges
 
-        kinds = {"rank-major": RankMajor, "rank-major-direct": RankMajorDirect, "throughput": Throughput}
-        return kinds.get(case.variant, ExpertMajor)(self, case, problem)
+        kinds = {
+            "expert-major": exchanges.ExpertMajor,
+            "expert-major-direct": exchanges.ExpertMajor,
+            "rank-major": exchanges.RankMajor,
+            "rank-major-direct": exchanges.RankMajorDirect,
+            "throughput": exchanges.Throughput,
+            "throughput-in-place": exchanges.ThroughputInPlace,
+        }
+        return kinds[case.variant](self, case, problem)
 
     def versions(self) -> Mapping[str, str]:
         extension = self.mscclpp.mscclpp_ep_cpp.__file__.rsplit("/", 1)[-1]

@@ -209,6 +209,22 @@ def test_rows_kept_from_the_pool_are_copies(monkeypatch) -> None:
     assert [True] * 4 == Job(monkeypatch).run(case("normal", "throughput"), work)
 
 
+@pytest.mark.parametrize(("variant", "own"), [("throughput", True), ("throughput-in-place", False)])
+def test_only_rows_of_our_own_are_copied_into_the_pool(monkeypatch, variant: str, own: bool) -> None:
+    """The library copies whatever does not lie in its pool: in place, combine gets the pool's own address."""
+
+    def work(exchange, problem, variant, device):
+        state = exchange.dispatch()
+        staged = exchange.stage(state, oracle.chain_rows(exchange.received(state), problem, variant))
+        given = []
+        combine = exchange.comm.combine
+        exchange.comm.combine = lambda rows, handle: given.append(rows.data_ptr()) or combine(rows, handle)
+        exchange.combine(state, staged)
+        return given != [state.out.tokens.data_ptr()]
+
+    assert [own] * 4 == Job(monkeypatch).run(case("cached", variant), work)
+
+
 def test_a_chain_in_place_gives_back_what_came_with_the_present_inputs(monkeypatch) -> None:
     """Rank-local reduction reads the buffer that dispatch fills: expert output of a check does not last, and
     a chain whose dispatch moved nothing is red."""
