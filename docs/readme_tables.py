@@ -50,7 +50,7 @@ def name(backend: str, variant: str) -> str:
     return f"{backend} {variant}".strip()
 
 
-def without_number(records: list[Record], regime: str, mode: str, places: Places) -> None:
+def without_number(records: list[Record], mode: str, places: Places) -> None:
     """Cells that were asked for and have no number in this regime: how they ended, or `no graph`."""
     for record in records:
         case = record.case
@@ -73,7 +73,7 @@ def table(reading: Reading, regime: str, modes: tuple[str, ...], tokens: tuple[i
                 way = (group.mode, name(entry.way.backend, entry.way.variant))
                 places.setdefault(way, {})[line.at] = place(entry)
     for mode in modes:
-        without_number(reading.records, regime, mode, places)
+        without_number(reading.records, mode, places)
     rows = [
         [mode, way, *(at.get(count, "—") for count in tokens)]
         for (mode, way), at in sorted(places.items(), key=lambda item: (modes.index(item[0][0]), item[0][1]))

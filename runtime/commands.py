@@ -15,7 +15,8 @@ NOT_FOUND, TIMED_OUT = 127, 124
 
 @dataclass(frozen=True)
 class Done:
-    """How a command ended. `code` is 127 when there is no such program and 124 when its time ran out."""
+    """How a command ended. `code` is 127 when there is no such program, or it cannot be started, and 124 when
+    its time ran out."""
 
     code: int
     out: str = ""
@@ -51,7 +52,7 @@ def run(argv: Sequence[str], timeout_s: float = 60.0, env: Mapping[str, str] | N
             env=env,
             start_new_session=True,
         )
-    except (FileNotFoundError, PermissionError) as error:
+    except OSError as error:
         return Done(NOT_FOUND, err=f"{argv[0]}: {error.strerror}")
     except subprocess.TimeoutExpired:
         return Done(TIMED_OUT, err=f"{argv[0]} did not end within {timeout_s:g} s")

@@ -39,6 +39,11 @@ class Place:
     domains: tuple[int, ...] | None = None
     domains_source: str | None = None
 
+    @classmethod
+    def told(cls, value: Mapping[str, Any]) -> Place:
+        """From the cases document."""
+        return cls(**{**value, "limits": tuple(value["limits"])})
+
     def placement(self, case: Case) -> dict[str, Any]:
         """The result's `placement`."""
         if self.domains is not None:

@@ -240,7 +240,6 @@ class Execution:
             "key_file": str(self.key_file.resolve()),
             "place": asdict(self.place),
             "image": dict(self.mechanism.image) if self.mechanism.image else None,
-            "die_with_parent": True,
             "cells": [
                 {"case": case_to_json(cell.case), "run": cell.run, "position": self.positions[cell.id]}
                 for cell in cells

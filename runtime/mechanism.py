@@ -45,6 +45,11 @@ class Work:
         execution = self.document["place"]["execution"].rpartition("-")[2]
         return f"cx-{execution}-{self.path.parent.name}"
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The arguments of the command `rank` that say what to do and where to write."""
+        return ("--cases", str(self.path.resolve()), "--out", str(self.out.resolve()))
+
     def write(self, address: str) -> None:
         """The cases file, with what ranker.py needs to start ranks on other machines or in a container."""
         start = {

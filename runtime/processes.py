@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 from . import environment
 from .environment import RankEnvironment
@@ -29,20 +30,12 @@ class LocalGroup:
         folder = cases.parent
         port = free_port()
         self.processes: list[subprocess.Popen[bytes]] = []
-        argv = worker_command("--cases", str(cases), "--out", str(out), "--parent", str(os.getpid()))
         for rank in range(size):
             where = RankEnvironment(rank, size, rank, size, "127.0.0.1", port, "cx run")
             child = environment.child_environment(env, where)
             with (folder / f"rank{rank}.log").open("wb") as log:
                 try:
-                    process = subprocess.Popen(
-                        argv,
-                        env=child,
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
+                    process = start_worker(cases, out, child, log)
                 except OSError as error:
                     self.kill()
                     raise InfraError(f"cannot start rank {rank}: {error.strerror}") from error
@@ -68,6 +61,18 @@ class LocalGroup:
                 time.sleep(0.02)
         for process in self.processes:
             process.poll()
+
+
+def start_worker(cases: Path, out: Path, env: Mapping[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """One worker, leader of its own process group, which ends with us. Raises OSError."""
+    return subprocess.Popen(
+        worker_command("--cases", str(cases), "--out", str(out), "--parent", str(os.getpid())),
+        env=dict(env),
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def free_port() -> int:

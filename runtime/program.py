@@ -45,8 +45,8 @@ def run(
 
     signal.signal(signal.SIGTERM, _told_to_end)
     cells = [Cell(case_from_json(c["case"]), c["run"]) for c in cases["cells"]]
-    place = Place(**{**cases["place"], "limits": tuple(cases["place"]["limits"])})
     positions = {cell.id: c["position"] for cell, c in zip(cells, cases["cells"], strict=True)}
+    place = Place.told(cases["place"])
     site = Site(out, place, positions, Path(cases["key_file"]).read_text(), cases.get("image"))
     by_case = {cell.case: cell for cell in cells}
     if where.nodes == 1:

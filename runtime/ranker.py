@@ -22,7 +22,7 @@ from typing import Any
 from . import environment
 from .environment import RankEnvironment
 from .errors import CollectiveXError, InfraError, UserError
-from .processes import worker_command
+from .processes import start_worker, worker_command
 from .types import CASES_SCHEMA
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -44,7 +44,7 @@ def command(args: argparse.Namespace) -> int:
         size = args.local
         wheres = [RankEnvironment(r, size, r, size, "127.0.0.1", start["port"], "local") for r in range(size)]
     else:
-        if args.launcher and cases.get("die_with_parent"):
+        if args.launcher:
             environment.die_with_parent()
         wheres = [environment.step_rank(start["address"], start["port"], launcher=args.launcher or "slurm")]
     ranks = [Rank(path, Path(args.out), cases, where) for where in wheres]
@@ -82,15 +82,7 @@ class Rank:
             check_placement(cases["start"], where)
             child = environment.child_environment(cases["start"]["env"], where)
             with (self.folder / f"rank{where.rank}.log").open("wb") as log:
-                argv = worker_command("--cases", str(path), "--out", str(out), "--parent", str(os.getpid()))
-                self.process = subprocess.Popen(
-                    argv,
-                    env=child,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
+                self.process = start_worker(path, out, child, log)
         except (CollectiveXError, OSError) as error:
             complain(self.folder, where.rank, "infra", error)
             self.code = 3

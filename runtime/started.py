@@ -214,7 +214,7 @@ class SlurmMechanism:
             work.nodes,
             work.ranks // work.nodes,
             work.seconds,
-            *("rank", "--cases", str(work.path.resolve()), "--out", str(work.out.resolve())),
+            *("rank", *work.files),
         )
         return SlurmGroup(argv, self.env, work, self.job, self.execute)
 
@@ -286,9 +286,8 @@ class ContainerMechanism:
 
     def group(self, work: Work) -> Group:
         work.write("127.0.0.1")
-        files = ("--cases", str(work.path.resolve()), "--out", str(work.out.resolve()))
         start = self.start if work.launched else "ranker"
-        argv = self.argv(work.name, *local_ranks(files, work.ranks, start))
+        argv = self.argv(work.name, *local_ranks(work.files, work.ranks, start))
         return ContainerGroup(argv, self.env, work, self.container.kind, self.execute)
 
     def check(self, when: str, folder: Path, ranks_per_node: int) -> None:

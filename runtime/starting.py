@@ -48,5 +48,4 @@ class LauncherProcesses(Processes):
         if not work.launched:
             return super().group(work)
         work.write("127.0.0.1")
-        files = ("--cases", str(work.path.resolve()), "--out", str(work.out.resolve()))
-        return LauncherGroup(self.argv(files, work.ranks), environment.inherited(), work)
+        return LauncherGroup(self.argv(work.files, work.ranks), environment.inherited(), work)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..backends.base import Facts, Recipe
 from . import environment
+from .commands import TIMED_OUT, run
 from .errors import UserError
 
 COMPILERS = ("/usr/bin/gcc", "/usr/bin/g++")  # the distribution's: what torch's extensions are built with
@@ -132,20 +133,14 @@ def here(arch: str | None, gpu: bool = True) -> Here:
 def ask_torch() -> dict[str, object]:
     if find_spec("torch") is None:
         return {}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", _ASK],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=ASK_S,
-            text=True,
-        )
-        return json.loads(done.stdout)
-    except subprocess.TimeoutExpired:
+    done = run([sys.executable, "-c", _ASK], timeout_s=ASK_S)
+    if done.code == TIMED_OUT:
         return {"error": f"importing torch took more than {ASK_S:g} s"}
+    try:
+        return json.loads(done.out)
     except ValueError:
-        said = done.stderr.strip().splitlines()
-        return {"error": said[-1] if said else f"importing torch ended with exit code {done.returncode}"}
+        said = done.err.strip().splitlines()
+        return {"error": said[-1] if said else f"importing torch ended with exit code {done.code}"}
 
 
 def capability(arch: str) -> str:
@@ -229,8 +224,7 @@ def _toolkit_problems(at: Here, arch: str) -> Iterator[str]:
     """nvcc must be of torch's CUDA, and know the GPU."""
     assert at.cuda is not None
     nvcc = str(at.cuda / "bin" / "nvcc")
-    said = _said(nvcc, "--version")
-    version = re.search(r"release (\d+)\.(\d+)", said)
+    version = re.search(r"release (\d+)\.(\d+)", run([nvcc, "--version"]).out)
     torch = str(at.torch.get("cuda") or "")
     if version and torch and version[1] != torch.partition(".")[0]:
         found = f"{at.cuda} is {version[1]}.{version[2]}"
@@ -238,7 +232,7 @@ def _toolkit_problems(at: Here, arch: str) -> Iterator[str]:
     own = at.torch.get("arch")
     if own and own != arch:
         yield f"a GPU of the pool's architecture (this one is {own}, the pool's are {arch})"
-    codes = _said(nvcc, "--list-gpu-code")
+    codes = run([nvcc, "--list-gpu-code"]).out
     if codes and f"sm_{arch.replace('.', '')}" not in codes.split():
         yield f"an nvcc that knows architecture {arch}"
 
@@ -267,11 +261,3 @@ def _compiles(
     except OSError:
         return False
     return done.returncode == 0
-
-
-def _said(*argv: str) -> str:
-    try:
-        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    except OSError:
-        return ""
-    return done.stdout

@@ -190,7 +190,7 @@ def locate(told: dict[str, Any], ranks: Ranks, device: Device) -> Place:
         import torch
 
         fabric = nvml.fabric(f"GPU-{torch.cuda.get_device_properties(device.torch_device).uuid}")
-    place = Place(**{**told, "limits": tuple(told["limits"])})
+    place = Place.told(told)
     nodes = ranks.size // ranks.ranks_per_node
     found, source = domains.placed(ranks.size, nodes, place.nodes_per_domain, ranks.all_gather(fabric))
     return replace(place, domains=tuple(found), domains_source=source)

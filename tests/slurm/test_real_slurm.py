@@ -18,31 +18,13 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
+from program_pool import write_pool
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LAUNCH = str(ROOT / "launchers" / "launch_local.sh")  # the SKU of the tests is given by path
 
 pytestmark = pytest.mark.slurm
 
-POOL = """\
-schema: collectivex.sku.v1
-name: {name}
-title: nodes of a test
-vendor: cpu
-arch: null
-product: test
-gpus_per_node: 0
-max_nodes: 2
-scale_up: null
-scale_out: null
-limits: []
-mechanism: slurm
-container: {container}
-image: null
-scheduler: {{gpu_option: null, time_minutes: 10}}
-env: {{}}
-refuse: []
-"""
 SITE = """\
 schema: collectivex.site.v1
 pools:
@@ -83,7 +65,8 @@ class Site:
         self.cluster, self.folder = cluster, folder
         pools = {"testpool": "pyxis", "nopool": "pyxis", "slowpool": "none", "stagepool": "none"}
         for name, container in pools.items():
-            (folder / f"{name}.yaml").write_text(POOL.format(name=name, container=container))
+            scheduler = {"gpu_option": None, "time_minutes": 10}
+            write_pool(folder, name, mechanism="slurm", container=container, scheduler=scheduler, env={})
         (folder / "stage").mkdir()
         text = SITE.format(image=cluster.folder / "image.sqsh", stage=folder / "stage")
         (folder / "facts.yaml").write_text(text)
