@@ -79,18 +79,18 @@ class StartedGroup:
             return None
 
     def _explain_kill(self) -> None:
-        """Ranks that were killed are not at fault when the scheduler has ended them."""
-        reason = self.lost()
+        """Ranks that were killed are not at fault when somebody else has ended them."""
+        ended = self.ended_by()
+        if ended is None:
+            return
+        kind, problem = ended
         for rank, code in self.codes.items():
-            if (
-                reason is not None
-                and code in KILLED
-                and not (self.folder / f"rank{rank}.error.json").exists()
-            ):
-                complain(self.folder, rank, "infra", InfraError(scrub(reason)), "launch")
+            if code in KILLED and not (self.folder / f"rank{rank}.error.json").exists():
+                complain(self.folder, rank, kind, problem, "launch")
 
-    def lost(self) -> str | None:
-        """Why everything that was started here has ended, where somebody else ended it."""
+    def ended_by(self) -> tuple[str, Exception] | None:
+        """Why everything that was started here has ended, where somebody else ended it: the error that this
+        is for the ranks, and its kind (see supervise.GroupEnd)."""
         return None
 
     def _give_up(self, missing: Sequence[int]) -> None:
@@ -160,7 +160,21 @@ class SlurmGroup(StartedGroup):
             slurm.cancel(step, self.execute, signal=name)
         return step is not None
 
+    def ended_by(self) -> tuple[str, Exception] | None:
+        """The scheduler, with our job; or srun's MPI plugin."""
+        lost = self.lost()
+        return self.mpi_ended() if lost is None else ("infra", InfraError(scrub(lost)))
+
+    def mpi_ended(self) -> tuple[str, Exception] | None:
+        """As why_gone, where srun says that it has ended the others of an MPI program."""
+        said = MPI_ENDED.search(self.log.read_text(errors="replace"))
+        if said is None:
+            return None
+        words = f"a process ended without MPI_Finalize, so srun ended all others: {said[0]}"
+        return "peer", RuntimeError(scrub(words))
+
     def lost(self) -> str | None:
+        """The end of our job, None while it is alive."""
         state = slurm.settled_state(self.job, self.execute)
         ended = state in slurm.ENDED or state == slurm.UNKNOWN
         return slurm.AllocationLost(self.job, state).message if ended else None
@@ -169,15 +183,10 @@ class SlurmGroup(StartedGroup):
         lost = self.lost()
         if lost is not None:
             return "infra", InfraError(scrub(f"{lost} ({self.last_words()})"))
-        text = self.log.read_text(errors="replace")
-        if re.search(r"STEP .*TIME LIMIT", text):
+        if re.search(r"STEP .*TIME LIMIT", self.log.read_text(errors="replace")):
             limit = "the step reached its time limit, which the watchdog comes before"
             return "infra", InfraError(scrub(f"{limit}: {self.last_words()}"))
-        said = MPI_ENDED.search(text)
-        if said is not None:
-            words = f"a process ended without MPI_Finalize, so srun ended all others: {said[0]}"
-            return "peer", RuntimeError(scrub(words))
-        return super().why_gone()
+        return self.mpi_ended() or super().why_gone()
 
 
 class SlurmMechanism:

@@ -17,7 +17,7 @@ from collectivex.runtime.environment import RankEnvironment
 from collectivex.runtime.errors import UserError
 from collectivex.runtime.heartbeat import read
 from collectivex.runtime.mechanism import Work
-from collectivex.runtime.started import StartedGroup
+from collectivex.runtime.started import SlurmGroup, StartedGroup
 from collectivex.runtime.types import CASES_SCHEMA
 from collectivex.runtime.yamlfile import ROOT
 
@@ -90,6 +90,32 @@ def test_a_launcher_that_ends_with_0_and_no_rank_is_a_failure(
     assert error is not None
     assert error["kind"] == "infra"
     assert "the launcher ended with 0: nothing to do here" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        (
+            "slurmstepd-n2: error:  mpi/pmix_v4: _errhandler: n2 [1]: client.c:211: Error handler invoked",
+            "peer",
+        ),
+        ("slurmstepd-n2: error: something else", None),
+    ],
+)
+def test_a_rank_that_srun_killed_for_another_is_not_what_went_wrong(
+    tmp_path: Path, said: str, kind: str | None
+) -> None:
+    """Its runner may live long enough to write the kill down; the job is alive, and srun has told why."""
+    work = Work(tmp_path / "cases.json", {"place": {"execution": "e-1"}}, tmp_path, 1, 1, {}, 1.0)
+    command = ["sh", "-c", f"printf %s -9 > '{tmp_path}/rank0.exit'; echo '{said}'"]
+    alive = Done(0, "RUNNING\n")
+    group = SlurmGroup(command, environment.inherited(), work, "77", lambda *argv, **more: alive)
+    group.process.wait()
+
+    assert group.poll() == {0: -9}
+    error = read(tmp_path / "rank0.error.json")
+    assert (error and error["kind"]) == kind
+    assert kind is None or "without MPI_Finalize" in error["message"]
 
 
 def test_a_program_that_is_not_there_is_said() -> None:
