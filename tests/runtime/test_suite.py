@@ -308,22 +308,25 @@ def test_the_points_of_the_published_table_can_have_every_percentile() -> None:
             assert not (published and plain) or samples == (384, 96)
 
 
-def test_ep_core_checks_the_largest_shapes_300_times() -> None:
-    """The largest low-latency shape in both dtypes, the largest normal one in bf16, and T = 4096 in fp8."""
-    groups = suite.load_suite("ep-core").groups
-    thorough = {
-        (mode, group.tokens, dtype)
-        for group in groups
-        if group.sampling.checked_calls == 300
-        for mode in group.modes
-        for dtype in group.dtypes
-    }
-    assert thorough == {
+def test_the_largest_shapes_are_checked_300_times() -> None:
+    """The largest low-latency and normal ones in both dtypes: fp8 at T = 8192 in ep-ladder, the others in ep-core."""
+
+    def thorough(name: str) -> set[tuple[str, tuple[int, ...], str]]:
+        return {
+            (mode, group.tokens, dtype)
+            for group in suite.load_suite(name).groups
+            if group.sampling.checked_calls == 300
+            for mode in group.modes
+            for dtype in group.dtypes
+        }
+
+    normal = {("normal", (8192,), "bf16"), ("normal", (8192,), "fp8")}
+    assert thorough("ep-core") == {
         ("low-latency", (512,), "bf16"),
         ("low-latency", (512,), "fp8"),
         ("normal", (8192,), "bf16"),
-        ("normal", (4096,), "fp8"),
     }
+    assert thorough("ep-ladder") == normal
 
 
 def test_ep_ladder_has_every_size_in_every_mode_and_dtype() -> None:
