@@ -112,7 +112,6 @@ FACTS = Facts(
             "wait, fetch each rank's row, float32 sum, one cast",
             ("bf16",),
             in_place=True,
-            validated=(),
         ),
         _latency(
             "rank-major-direct",
@@ -140,7 +139,6 @@ FACTS = Facts(
             ("bf16",),
             {"dispatch": _THROUGHPUT, "combine": _IN_POOL},
             in_place=True,
-            validated=(),
         ),
         Variant(
             "throughput-in-place",
@@ -149,7 +147,6 @@ FACTS = Facts(
             {"dispatch": _KNOWN, "combine": _IN_POOL},
             in_place=True,
             graph_safe=True,
-            validated=(),
         ),
     ),
     env={"MSCCLPP_FORCE_DISABLE_NVLS": "1"},

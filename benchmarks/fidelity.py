@@ -212,10 +212,11 @@ HEADER = (
 
 def cells(one: Compared) -> tuple[str, ...]:
     time, bandwidth = one.ratios
-    backend = "" if one.line.ours.backend not in ("torch_dist", "nccl_tests") else f"{one.line.ours.backend} "
+    several = len({(line.ours.backend, line.ours.variant) for line in one.bench.lines}) > 1
+    which = f"{one.line.ours.variant or one.line.ours.backend} " if several else ""
     return (
         one.line.quantity,
-        f"{backend}{one.line.component} {one.line.regime}, {one.line.over}",
+        f"{which}{one.line.component} {one.line.regime}, {one.line.over}",
         f"{one.theirs.us:.2f}",
         f"{one.ours.us:.2f}",
         f"{time:.3f}",

@@ -239,12 +239,6 @@ def test_a_chain_in_place_gives_back_what_came_with_the_present_inputs(monkeypat
     assert [[True, False]] * 4 == Job(monkeypatch).run(case("low-latency", "rank-major"), work)
 
 
-def test_a_variant_that_never_ran_says_so_though_its_backend_did() -> None:
-    """Its records are contract-only."""
-    assert "hardware" == FACTS.proven("cuda", FACTS.variant(case("low-latency", "expert-major")))
-    assert "contract-only" == FACTS.proven("cuda", FACTS.variant(case("low-latency", "rank-major")))
-
-
 def test_ranks_outside_one_ipc_domain_are_the_machines_fault(monkeypatch) -> None:
     """Not a wrong answer of the library: the case ends as infra."""
     job = Job(monkeypatch)
