@@ -18,6 +18,7 @@ from .types import Status
 
 BAD = (Status.INCORRECT, Status.IMPLAUSIBLE, Status.FAILED, Status.TIMEOUT, Status.NOT_RUN)
 SLOW_FIRST_CALL_US = 100_000.0
+LAUNCH_BOUND = 1.2  # chained over graph: more than marks, first touches and the gaps between kernels make
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def warnings(records: Sequence[Record]) -> list[Note]:
             for text in check(record):
                 groups.setdefault(text, {})[record.cell_id] = None
     notes = [Note(text, tuple(cells)) for text, cells in groups.items()]
-    return [note for note in (*notes, _outliers(records), _first_calls(records)) if note is not None]
+    whole = (_outliers(records), _first_calls(records), _launch_bound(records))
+    return [note for note in (*notes, *whole) if note is not None]
 
 
 def _unsettled(record: Record) -> Iterable[str]:
@@ -135,3 +137,20 @@ def _first_calls(records: Iterable[Record]) -> Note | None:
     above = f"above {SLOW_FIRST_CALL_US / 1e3:g} ms"
     text = f"slow first call: {above}, the longest {longest / 1e3:.0f} ms in {cell_id}"
     return Note(text, tuple(cell_id for _, cell_id in slow))
+
+
+def _launch_bound(records: Iterable[Record]) -> Note | None:
+    """Cells whose chain takes longer launched call by call than replayed as a graph: their `chained` and
+    `fresh` times are the host's, and tell nothing of the library until it is faster."""
+    found = []
+    for record in records:
+        period = {(row.component, row.regime): row.percentiles[0] for row in record.rows}
+        for (component, regime), us in period.items():
+            replayed = period.get((component, "graph"))
+            if regime == "chained" and replayed and us > LAUNCH_BOUND * replayed:
+                found.append((us / replayed, record.cell_id))
+    if not found:
+        return None
+    most, cell_id = max(found)
+    text = f"bound by the host: launched call by call {most:.3g} times as long as replayed in {cell_id}"
+    return Note(f"{text}; above {LAUNCH_BOUND:g} in all of these", tuple(cell_id for _, cell_id in found))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factory import collective_case, execution, failure, moe_case, result
+from factory import collective_case, execution, failure, measurement, moe_case, result
 
 from collectivex.runtime import gate, summary
 from collectivex.runtime.cli import main
@@ -157,6 +157,20 @@ def test_a_slow_first_call_is_said(tmp_path: Path) -> None:
         tmp_path, result(first_call_us=214_000.0), result(moe_case(), first_call_us=99_000.0)
     )
     assert text.startswith("slow first call: above 100 ms, the longest 214 ms in all_reduce")
+
+
+def test_a_chain_that_waits_for_the_host_is_said(tmp_path: Path) -> None:
+    """16.4 us launched call by call against 4.1 in a graph is the host's time, 1.19 times is not yet."""
+    slow, near = collective_case(), collective_case(size=1 << 21)
+    documents = []
+    for case, chained in ((slow, 16.4), (near, 4.879)):
+        document = result(case)
+        periods = {"chained": chained, "graph": 4.1}
+        document["measurements"] = [measurement(case, "call", r, us, "median") for r, us in periods.items()]
+        documents.append(document)
+    (note,) = gate.warnings(read([execution(tmp_path, documents)]).records)
+    assert "4 times as long as replayed in all_reduce-1048576B" in note.text
+    assert note.cells == (documents[0]["identity"]["cell_id"],)
 
 
 def test_what_the_worker_warned_of_is_passed_on(tmp_path: Path) -> None:
