@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..runtime.bandwidth import collective_counts
+from ..runtime.bandwidth import all_to_all_v_bytes, all_to_all_v_requested, collective_counts
 from ..runtime.types import Case, Collective
 from ._fake_plan import Plan
 from ._fake_rows import bits
@@ -93,11 +93,18 @@ class Call:
 
         count = out.numel()
         if self.op not in oracle.SUMS:
-            first = count // self.ranks * (self.ranks - 1) if self.op in ("all_gather", "all_to_all") else 0
-            out[first:] = 0
+            out[self._first_of_last(count, out.itemsize) :] = 0
             return out
         last, first = self.ranks - 1, self.rank * count if self.op == "reduce_scatter" else 0
         theirs = oracle.collective_input(
             self.op, last, self.ranks, first + count, out.dtype, self.input_set, out.device
         )
         return out - theirs[first:]
+
+    def _first_of_last(self, count: int, width: int) -> int:
+        """Where the last rank's part of a copied output begins; 0 where the output is one rank's."""
+        if self.op == "all_to_all_v":
+            size = all_to_all_v_requested(count * width, self.ranks)
+            return count - all_to_all_v_bytes(size, self.rank, self.ranks)[1][-1] // width
+        gathered = self.op in ("all_gather", "gather", "all_to_all")
+        return count // self.ranks * (self.ranks - 1) if gathered else 0

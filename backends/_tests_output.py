@@ -193,7 +193,10 @@ def _header(line: str) -> list[str]:
 
 
 def _row(columns: Sequence[str], words: Sequence[str]) -> Row | None:
-    """A row by the names of its columns; None where it does not have one word for each ("timestamp": two)."""
+    """A row by the names of its columns; None where it does not have one word for each ("timestamp": two).
+    hypercube_perf leaves the column redop empty: its rows have a number there, the root."""
+    if len(words) > 3 and columns[3] == "redop" and re.fullmatch(r"-?\d+", words[3]):
+        words = [*words[:3], "", *words[3:]]
     if len(words) != len(columns) + columns.count("timestamp"):
         return None
     starts = [i for i, name in enumerate(columns) if name in ("time", "cputime")]

@@ -13,13 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..runtime import stats
-from ..runtime.bandwidth import bus_factor
+from ..runtime.bandwidth import ALIGN, bus_factor, collective_counts
 from ..runtime.types import Case, Check, Collective, Series, Status
 from ._tests_output import Report, Row, Unreadable, read_json, read_text
 from .base import Answer, Ended, Start
 
 CHECK = "nccl-tests' own check of one separate untimed call"
-REDUCING = ("all_reduce", "reduce_scatter", "reduce")
+# What stands in the column redop, in every version: sendrecv has no operation, and prints that of -o.
+REDOPS = {**dict.fromkeys(("all_reduce", "reduce_scatter", "reduce", "sendrecv"), "sum"), "hypercube": ""}
+ROOTED = ("broadcast", "reduce", "gather", "scatter")
 EXITS = {2: "CUDA error", 3: "NCCL error", 4: "timeout", 127: "not started", 255: "it refused an option"}
 # busbw is printed with two decimals beside a time of two to seven digits, or of two with an exponent.
 BUSBW_RELATIVE, BUSBW_ABSOLUTE = 0.06, 0.02
@@ -267,11 +269,13 @@ def _series(component: str, samples: list[float], per_sample: int, cycles: int) 
 def _row_problem(sweep: Sweep, case: Case, row: Row) -> Problem | None:
     """What makes a row of this case's place not its row."""
     asked = _size(case)
-    redop = "sum" if sweep.op in REDUCING else "none"
+    redop, root = REDOPS.get(sweep.op, "none"), 0 if sweep.op in ROOTED else -1
     if row.dtype != sweep.dtype or row.redop != redop:
         realised = f"{sweep.program} ran {row.dtype} {row.redop}"
         return Status.INCORRECT, f"asked for {sweep.dtype} {redop}, {realised}"
-    if not asked - 16 * sweep.ranks < row.size <= asked or row.size == 0:
+    if row.root != root:
+        return Status.INCORRECT, f"asked for root {root}, {sweep.program} ran with {row.root}"
+    if not _is_size(sweep, asked, row.size):
         return Status.INCORRECT, f"asked for {asked} bytes, {sweep.program} ran {row.size}"
     timing = row.at.get(case.mode)
     if timing is None or timing.wrong is None:
@@ -288,3 +292,12 @@ def _row_problem(sweep: Sweep, case: Case, row: Row) -> Problem | None:
         told = f"time and busbw do not fit: {timing.us:g} us give {expected:.2f} GB/s, not {timing.busbw:g}"
         return Status.FAILED, f"{asked} bytes {case.mode}: {told}"
     return None
+
+
+def _is_size(sweep: Sweep, asked: int, size: int) -> bool:
+    """Whether a row's size is what the program makes of S: of an uneven exchange exactly what its parts add
+    up to; elsewhere older versions rounded the share of a rank to elements, newer ones to 16 bytes."""
+    if sweep.op == "all_to_all_v":
+        shape = sweep.cases[0].shape
+        return size == collective_counts(sweep.op, asked, shape.dtype, sweep.ranks)[2]
+    return asked - ALIGN * sweep.ranks < size <= asked and size > 0

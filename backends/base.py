@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+from ..runtime.bandwidth import ALIGN
 from ..runtime.types import Case, Check, Collective, Moe, Series, Status
 
 if TYPE_CHECKING:
@@ -86,7 +88,8 @@ class Variant:
 
     window   component -> what its timed window contains, one sentence. Collectives have one component, the
              operation ("call"); MoE has "dispatch" and "combine".
-    ops      collectives only: the operations offered
+    ops      collectives only: the operations offered. Variants of one mode may share a name if their
+             operations differ: what else is said then holds for theirs
     layout   MoE: what is received: "token-rank" (one row per token and destination rank, with its local
              experts) or "token-expert" (one row per token and local expert)
     combine  MoE: what an identity round trip returns for row x of token t (w: weights, valid picks only):
@@ -144,7 +147,7 @@ class Facts:
     validated: tuple[str, ...] = ()
     hidden: bool = False
 
-    @property
+    @cached_property
     def families(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(v.family for v in self.variants))
 
@@ -156,11 +159,14 @@ class Facts:
         return "hardware" if device in ran_on else "contract-only"
 
     def variant(self, case: Case) -> Variant | None:
-        """The variant that a case names, or None."""
-        for v in self.variants:
-            if (v.family, v.mode, v.name) == (case.family, case.mode, case.variant):
+        """The variant that a case names, or None. Of several of that name, which differ by operation, the one
+        with the case's operation, else the first."""
+        asked = case.family, case.mode, case.variant
+        same = [v for v in self.variants if (v.family, v.mode, v.name) == asked]
+        for v in same:
+            if isinstance(case.shape, Collective) and case.shape.op in v.ops:
                 return v
-        return None
+        return same[0] if same else None
 
 
 @dataclass(frozen=True)
@@ -363,6 +369,9 @@ def why_not(facts: Facts, case: Case) -> str | None:
         return f"{facts.name} {variant.name} has no {case.shape.dtype}; it has {', '.join(variant.dtypes)}"
     if isinstance(case.shape, Collective) and case.shape.op not in variant.ops:
         return f"{facts.name} has no {case.mode} {case.shape.op}"
+    shape = case.shape
+    if isinstance(shape, Collective) and shape.op == "all_to_all_v" and shape.bytes < ALIGN * case.ranks:
+        return f"all_to_all_v rounds shares down to {ALIGN} bytes: nothing is left of {shape.bytes} bytes"
     if isinstance(case.shape, Moe) and case.shape.experts % case.ranks:
         return f"{case.shape.experts} experts cannot be divided over {case.ranks} ranks"
     for name, _ in case.knobs:

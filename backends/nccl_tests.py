@@ -28,7 +28,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..runtime import environment
-from ..runtime.types import COLLECTIVE_OPS, DTYPE_BYTES, Case, Collective
+from ..runtime.bandwidth import ALIGN
+from ..runtime.types import COLLECTIVE_OPS, DTYPE_BYTES, PROGRAM_OPS, Case, Collective
 from . import _tests_verdict, base
 from ._tests_output import Unreadable, rows_in, without_private
 from .base import Answer, Ended, Facts, MissingLibrary, Recipe, Source, Start, Variant
@@ -36,14 +37,23 @@ from .base import Answer, Ended, Facts, MissingLibrary, Recipe, Source, Start, V
 ASK_TIMEOUT_S = 60.0
 # What a run cannot do without: their absence means a build older than 2.13.4, whose table is another one.
 NEEDED = frozenset("tgbefnwcodaC")
-PROGRAMS = {op: f"{op}_perf" for op in COLLECTIVE_OPS} | {"all_to_all": "alltoall_perf"}
+OPS = (*COLLECTIVE_OPS, *PROGRAM_OPS)
+PROGRAMS = {op: f"{op}_perf" for op in OPS}
+PROGRAMS |= {"all_to_all": "alltoall_perf", "all_to_all_v": "alltoallv_perf"}
+# All others are in every version whose output is understood here.
+FIRST_IN = {"alltoallv_perf": "2.19.0"}
 DTYPES = {"float32": "float", "float16": "half", "bfloat16": "bfloat16"}
-UNCHECKED_IN_PLACE = ("all_to_all", "sendrecv")
+UNCHECKED_IN_PLACE = ("all_to_all", "all_to_all_v", "sendrecv")  # they set reportErrors to 0 there
 _WINDOW = {
     "call": "n calls issued by one host thread for all GPUs of a process and the final wait, on the host's "
-    "clock, over n; out of place without a local copy",
+    "clock, over n; out of place without a local copy (hypercube: with one of the own share)",
     "call_iteration": "from one CUDA event to the next between successive calls of such a loop, slowest GPU",
 }
+
+
+def _variant(mode: str, ops: tuple[str, ...], validated: tuple[str, ...] | None = None) -> Variant:
+    return Variant("", mode, tuple(DTYPES), _WINDOW, family="collective", ops=ops, validated=validated)
+
 
 FACTS = Facts(
     name="nccl_tests",
@@ -73,9 +83,10 @@ FACTS = Facts(
         programs=("bin/all_reduce_perf",),
     ),
     devices=("cuda",),
-    variants=tuple(
-        Variant("", mode, tuple(DTYPES), _WINDOW, family="collective", ops=COLLECTIVE_OPS)
-        for mode in ("out-of-place", "in-place")
+    variants=(
+        _variant("out-of-place", ("all_reduce",)),  # published: fidelity-nccl-tests of 2026-11-20
+        _variant("out-of-place", tuple(op for op in OPS if op != "all_reduce"), validated=()),
+        _variant("in-place", OPS, validated=()),
     ),
     knobs=("sweep", "per_iteration", "mpi"),
     regimes=("loop",),
@@ -87,7 +98,8 @@ class Backend:
     """See base.Program."""
 
     facts = FACTS
-    # NCCL_TESTS_DEVICE, _SPLIT, _MIN_BW, ...: other GPUs, another number of ranks, another exit code.
+    # NCCL_TESTS_DEVICE, _SPLIT, _MIN_BW, ...: other GPUs, another number of ranks, another exit code. Without
+    # NCCL_TESTS_ALLTOALLV_* alltoallv_perf has its default pattern, that of bandwidth.all_to_all_v_bytes.
     withheld = ("NCCL_TESTS_",)
 
     def why_not(self, case: Case) -> str | None:
@@ -97,6 +109,8 @@ class Backend:
         op, size, its_name = case.shape.op, case.shape.bytes, self.facts.name.replace("_", "-")
         if case.mode == "in-place" and op in UNCHECKED_IN_PLACE:
             return f"{its_name} does not check in-place {op}, so its number would stand without proof"
+        if op == "hypercube" and case.ranks & (case.ranks - 1):
+            return f"hypercube runs on a power of two of ranks, not on {case.ranks}"
         if least_bytes(op, case.shape.dtype, case.ranks) > size:
             return f"{its_name} rounds each rank's share down to 16 bytes: nothing is left of {size} bytes"
         for name, value in case.knobs:
@@ -184,8 +198,8 @@ def geometric(sizes: Sequence[int]) -> list[list[int]]:
 
 def least_bytes(op: str, dtype: str, ranks: int) -> int:
     """The smallest S that moves anything: an element, or 16 bytes for each rank where S is shared out."""
-    shared = op in ("all_gather", "reduce_scatter", "all_to_all")
-    return 16 * ranks if shared else DTYPE_BYTES[dtype]
+    whole = op in ("all_reduce", "broadcast", "reduce", "sendrecv")
+    return DTYPE_BYTES[dtype] if whole else ALIGN * ranks
 
 
 def find(program: str, mpi: bool, environ: Mapping[str, str]) -> str:
@@ -199,9 +213,10 @@ def find(program: str, mpi: bool, environ: Mapping[str, str]) -> str:
             if path is not None:
                 return path
     build = f"build {FACTS.source.name} at {FACTS.source.pin}" + (" with MPI=1" if mpi else "")
+    since = f" (no version before {FIRST_IN[program]} has it)" if program in FIRST_IN else ""
     raise MissingLibrary(
-        f"{program} is neither in {prepared} nor on PATH: {build}, and put its build folder on PATH or the "
-        "binaries there"
+        f"{program} is neither in {prepared} nor on PATH{since}: {build}, and put its build folder on PATH "
+        "or the binaries there"
     )
 
 

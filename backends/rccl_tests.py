@@ -12,6 +12,8 @@ What differs from nccl-tests, from the sources of three generations (2024: ROCm/
     the document of nccl-tests (-J in 2026). The first is a second witness beside the table, the second the
     source.
   - -O 1 turns the in-place half off in 2026, and -q runs on into -R in 2024: neither is ever passed.
+  - alltoallv_perf has a pattern of its own: parts by the sum of the two ranks, the rest of S to one of them
+    (src/alltoallv.cu). gather, scatter and hypercube are those of nccl-tests.
   - Buffers stay where they are; nccl-tests rotates them through its allocation. -E 0 and -F 0 say so.
 """
 
@@ -26,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime import environment
-from ..runtime.types import COLLECTIVE_OPS, Case, Collective, Status
+from ..runtime.types import Case, Collective, Status
 from . import _tests_verdict, nccl_tests
 from ._tests_output import Row, Unreadable, read_text, without_private
 from .base import Answer, Ended, Facts, MissingLibrary, Source, Start, Variant
-from .nccl_tests import DTYPES, NEEDED, PROGRAMS
+from .nccl_tests import DTYPES, NEEDED, OPS, PROGRAMS
 
 # What we mean by a letter. A binary whose usage calls it otherwise does not get it.
 MEANINGS = {
@@ -44,7 +46,8 @@ EXTRAS = {"E": ("rotating_tensor", 0), "F": ("cache_flush", 0)}
 ONLY_RCCL = frozenset({"cumask", "memory_type", "cache_flush", "rotating_tensor"})
 _WINDOW = {
     "call": "n calls issued by one host thread for all GPUs of a process and the final wait, on the host's "
-    "clock, over n; out of place without a local copy; always the same buffers"
+    "clock, over n; out of place without a local copy (hypercube: with one of the own share); always the "
+    "same buffers"
 }
 
 FACTS = Facts(
@@ -58,7 +61,7 @@ FACTS = Facts(
     ),
     devices=("hip",),
     variants=tuple(
-        Variant("", mode, tuple(DTYPES), _WINDOW, family="collective", ops=COLLECTIVE_OPS)
+        Variant("", mode, tuple(DTYPES), _WINDOW, family="collective", ops=OPS)
         for mode in ("out-of-place", "in-place")
     ),
     knobs=("sweep", "mpi"),
@@ -68,10 +71,15 @@ FACTS = Facts(
 
 
 class Backend(nccl_tests.Backend):
-    """See base.Program; `why_not`, `groups` and `progress` are those of nccl_tests."""
+    """See base.Program; `groups` and `progress` are those of nccl_tests."""
 
     facts = FACTS
     withheld = ("NCCL_TESTS_", "RCCL_TESTS_")
+
+    def why_not(self, case: Case) -> str | None:
+        if isinstance(case.shape, Collective) and case.shape.op == "all_to_all_v":
+            return "rccl-tests' alltoallv_perf moves a pattern of its own, not that of nccl-tests"
+        return super().why_not(case)
 
     def starts(self, cases: Sequence[Case], folder: str, environ: Mapping[str, str]) -> list[Start]:
         first = cases[0]

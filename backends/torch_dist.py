@@ -1,9 +1,13 @@
 """Plain torch.distributed: gloo on CPU, NCCL on NVIDIA, RCCL on AMD. The portable yardstick.
 
-Collectives are the library calls themselves. The MoE exchange is the one an engine would write with
-`all_to_all_single`, as fast as plain torch allows: rows are sent once per (token, destination rank) whatever
-the number of that rank's experts, picked and reduced by one gather kernel each, with at most one host
-synchronisation.
+Collectives are the library calls themselves; root is rank 0. gather fills, and scatter reads, views of one
+buffer of the root, made before: over NCCL the window has one group of sends and receives, and the root's copy
+of its own share; gloo goes through a flat buffer of its own. all_to_all_v is `all_to_all_single` with split
+sizes that the host knows (bandwidth.all_to_all_v_bytes).
+
+The MoE exchange is the one an engine would write with `all_to_all_single`, as fast as plain torch allows:
+rows are sent once per (token, destination rank) whatever the number of that rank's experts, picked and
+reduced by one gather kernel each, with at most one host synchronisation.
 
 What is inside the timed windows
   full    (normal)       dispatch: layout from the expert ids, exchange of the counts, one host
@@ -21,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..runtime.bandwidth import collective_counts, row_bytes
+from ..runtime.bandwidth import all_to_all_v_bytes, collective_counts, row_bytes
 from ..runtime.types import COLLECTIVE_OPS, Case, Collective
 from . import base
 from .base import Context, Facts, Received, Source, Variant
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
     from ..runtime.problem import MoeProblem
 
 _COLLECTIVE_DTYPES = ("float32", "float16", "bfloat16")
+_UNEVEN = ("gather", "scatter", "all_to_all_v")
 _COMBINE = "exchange of the rows back, float32 sum over ranks, one cast to bf16"
 
 FACTS = Facts(
@@ -48,8 +53,18 @@ FACTS = Facts(
             _COLLECTIVE_DTYPES,
             {"call": "the call; all_reduce and reduce include the local copy that makes them out of place"},
             family="collective",
-            ops=COLLECTIVE_OPS,
+            ops=tuple(op for op in COLLECTIVE_OPS if op not in _UNEVEN),
             graph_safe=True,
+        ),
+        Variant(
+            "",
+            "out-of-place",
+            _COLLECTIVE_DTYPES,
+            {"call": "the call on views and with split sizes made before; the root copies its own share"},
+            family="collective",
+            ops=_UNEVEN,
+            graph_safe=True,
+            validated=("cpu",),
         ),
         Variant(
             "",
@@ -136,6 +151,14 @@ class Call:
         sent, received, _ = collective_counts(shape.op, shape.bytes, shape.dtype, ranks.size)
         self.input = torch.zeros(sent, dtype=dtype, device=context.device.torch_device)
         self.output = self.input if in_place else self.input.new_zeros(received)
+        if shape.op in ("gather", "scatter"):
+            whole = self.output if shape.op == "gather" else self.input
+            self.shares = list(whole.chunk(self.size)) if self.rank == 0 else None
+        if shape.op == "all_to_all_v":
+            self.sends, self.receives = (
+                [part // dtype.itemsize for part in parts]
+                for parts in all_to_all_v_bytes(shape.bytes, self.rank, self.size)
+            )
         # torch 2.13 renamed both; the old names there warn, and cost a wrapper more
         renamed = hasattr(dist, "reduce_scatter_single")
         self.reduce_scatter = dist.reduce_scatter_single if renamed else dist.reduce_scatter_tensor
@@ -189,6 +212,21 @@ class Call:
         ]
         for work in dist.batch_isend_irecv(ops):
             work.wait()
+
+    def _gather(self) -> None:
+        import torch.distributed as dist
+
+        dist.gather(self.input, self.shares, dst=0, group=self.group)
+
+    def _scatter(self) -> None:
+        import torch.distributed as dist
+
+        dist.scatter(self.output, self.shares, src=0, group=self.group)
+
+    def _all_to_all_v(self) -> None:
+        import torch.distributed as dist
+
+        dist.all_to_all_single(self.output, self.input, self.receives, self.sends, group=self.group)
 
     def close(self) -> None:
         return None

@@ -8,7 +8,8 @@ unique token-rank row, per unique token-node row), so results store counts and e
 
 Collectives: all numerators follow nccl-tests (doc/PERFORMANCE.md and src/*.cu, version 2.19.6). S is its size
 column: the bytes of a rank's buffer for all_reduce, broadcast, reduce, sendrecv and all_to_all (own share
-included), of the whole gathered or unreduced buffer for all_gather and reduce_scatter.
+included), of the whole gathered, scattered or unreduced buffer for all_gather, hypercube, gather, scatter and
+reduce_scatter, and what a rank sends in all for all_to_all_v.
 """
 
 from __future__ import annotations
@@ -23,12 +24,19 @@ from .types import DTYPE_BYTES, Collective, Moe
 
 IMPLAUSIBLE_SHARE = 1.02
 FP8_BLOCK = 128  # values that share one float32 scale
+ALIGN = 16  # bytes; nccl-tests rounds the shares of ranks down to whole multiples
 _DEEPEP_LL_HEADER = 16  # DeepEP's low-latency bench counts a 16-byte header with every fp8 row
 _FLASHINFER_PICK = 8  # FlashInfer's counts an int32 id and a float32 weight with every pick that leaves
 
 Document = Mapping[str, Any]
 PerRank = Callable[[Document, str], "list[float] | None"]
 
+# nccl-tests has this factor for all_to_all_v too, though its S has no share of the rank's own. Both its algbw
+# and its busbw of hypercube are S (n-1)/n over the time.
+_SHARED_OUT = (
+    *("all_gather", "reduce_scatter", "all_to_all"),
+    *("gather", "scatter", "all_to_all_v", "hypercube"),
+)
 # What a timed component moves. A floor moves what its operation moves; anything else moves nothing counted.
 _PARTS = {"dispatch": ("dispatch",), "combine": ("combine",), "roundtrip": ("dispatch", "combine")}
 
@@ -129,6 +137,7 @@ def collective_counts(op: str, size: int, dtype: str, ranks: int) -> tuple[int, 
 
     A shared-out buffer has the same whole number of elements for each rank, rounded down, at least one
     (nccl-tests rounds to 16 bytes, down to nothing): the realised S may differ from the requested one.
+    all_to_all_v rounds as nccl-tests does, and is nothing below 16 bytes a rank.
     """
     width = DTYPE_BYTES[dtype]
     if op in ("all_reduce", "broadcast", "reduce", "sendrecv"):
@@ -136,20 +145,47 @@ def collective_counts(op: str, size: int, dtype: str, ranks: int) -> tuple[int, 
         return count, count, count * width
     chunk = max(1, size // width // ranks)
     whole = ranks * chunk
-    if op == "all_gather":
+    if op in ("all_gather", "gather"):
         return chunk, whole, whole * width
-    if op == "reduce_scatter":
+    if op in ("reduce_scatter", "scatter"):
         return whole, chunk, whole * width
     if op == "all_to_all":
         return whole, whole, whole * width
+    if op == "all_to_all_v":
+        moved = sum(all_to_all_v_bytes(size, 0, ranks)[0])  # as much for every rank, both ways
+        return moved // width, moved // width, moved
     raise ValueError(f"no element counts for {op!r}")
+
+
+def all_to_all_v_bytes(size: int, rank: int, ranks: int) -> tuple[list[int], list[int]]:
+    """Bytes that a rank sends to each rank, and receives from each, for a requested S of `size`.
+
+    The pattern of nccl-tests' alltoallv_perf where no matrix is given (2.19.6, src/alltoallv.cu,
+    AlltoAllvGetCollByteCount and AlltoAllvGetPeerBytesDistanceWeighted with its spread of 1): of S, rounded
+    down to 16 bytes for each rank, rank i sends to rank j a part proportional to the distance (j - i) mod n,
+    rounded down to 16 bytes, and nothing to itself. All ranks send and receive the same sum, the realised S.
+    A single rank keeps everything. The division there is one of doubles: the same below 2^40 bytes.
+    """
+    total = size // (ALIGN * ranks) * ALIGN * ranks
+    if ranks == 1:
+        return [total], [total]
+    distances = ranks * (ranks - 1) // 2
+    parts = [distance * total // distances // ALIGN * ALIGN for distance in range(ranks)]
+    sent = [parts[(peer - rank) % ranks] for peer in range(ranks)]
+    return sent, [parts[(rank - peer) % ranks] for peer in range(ranks)]
+
+
+def all_to_all_v_requested(moved: int, ranks: int) -> int:
+    """The least requested S of which a rank sends `moved` bytes, where there is one: its n - 1 parts lose
+    less than 16 bytes each, so it is the next multiple of 16 bytes for each of n ranks."""
+    return -(-moved // (ALIGN * ranks)) * ALIGN * ranks
 
 
 def bus_factor(op: str, ranks: int) -> float:
     """busbw / algbw: what a rank's link must carry, at least, for each byte of S (nccl-tests)."""
     if op == "all_reduce":
         return 2 * (ranks - 1) / ranks
-    if op in ("all_gather", "reduce_scatter", "all_to_all"):
+    if op in _SHARED_OUT:
         return (ranks - 1) / ranks
     if op in ("broadcast", "reduce", "sendrecv"):
         return 1.0
@@ -278,7 +314,8 @@ FORMULAS: Mapping[str, Formula] = {
             "busbw",
             "collective",
             "S times what a rank's link must carry for each byte of it: 2(n-1)/n for all_reduce, (n-1)/n for "
-            "all_gather, reduce_scatter and all_to_all, 1 for broadcast, reduce and sendrecv.",
+            "all_gather, reduce_scatter, all_to_all, gather, scatter, all_to_all_v and hypercube, 1 for "
+            "broadcast, reduce and sendrecv.",
             "nccl-tests 2.19.6, doc/PERFORMANCE.md",
             _busbw,
         ),

@@ -5,7 +5,8 @@ it changes at every position. Copies use m = 251 (exact in bfloat16). Sums use t
 m <= 256 in bfloat16 (2048 in float16, 251 * ranks in float32): sums of integers up to there are exact in
 any order. As no value is 0, a missing rank shows at every position.
 
-Root is rank 0. sendrecv is a ring: rank r sends to r + 1, receives from r - 1. all_to_all has equal chunks.
+Root is rank 0. sendrecv is a ring: rank r sends to r + 1, receives from r - 1. all_to_all has equal chunks,
+all_to_all_v those of `bandwidth.all_to_all_v_bytes`, in the order of the ranks on both sides.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 import torch
 
 from ..backends.base import CollectiveCall
+from .bandwidth import all_to_all_v_bytes, all_to_all_v_requested
 from .device import Device
 from .poison import poison
 from .problem import CHUNK, mix
@@ -126,14 +128,16 @@ def _fill(tensor: torch.Tensor, op: str, rank: int, ranks: int, input_set: int) 
 
 
 def _has_output(op: str, rank: int) -> bool:
-    # A broadcast need not write the root's own output, a reduce nobody's but the root's.
-    return not (op == "reduce" and rank != ROOT or op == "broadcast" and rank == ROOT)
+    # A broadcast need not write the root's own output, a reduce or gather nobody's but the root's.
+    return not (op in ("reduce", "gather") and rank != ROOT or op == "broadcast" and rank == ROOT)
 
 
-def _sources(op: str, rank: int, ranks: int, numel: int) -> Iterator[tuple[int, int, tuple[int, ...], int]]:
-    """(start, stop, sources, position): elements start .. stop - 1 of the output are the (summed) inputs of
-    `sources` from `position` on."""
-    if op in ("all_gather", "all_to_all"):
+def _sources(
+    op: str, rank: int, ranks: int, numel: int, width: int
+) -> Iterator[tuple[int, int, tuple[int, ...], int]]:
+    """(start, stop, sources, position): elements start .. stop - 1 of the output, of `width` bytes each, are
+    the (summed) inputs of `sources` from `position` on."""
+    if op in ("all_gather", "gather", "all_to_all"):
         chunk = numel // ranks
         for source in range(ranks):
             position = rank * chunk if op == "all_to_all" else 0
@@ -142,6 +146,14 @@ def _sources(op: str, rank: int, ranks: int, numel: int) -> Iterator[tuple[int, 
         yield 0, numel, tuple(range(ranks)), 0
     elif op == "reduce_scatter":
         yield 0, numel, tuple(range(ranks)), rank * numel
+    elif op == "scatter":
+        yield 0, numel, (ROOT,), rank * numel
+    elif op == "all_to_all_v":
+        size, start = all_to_all_v_requested(numel * width, ranks), 0
+        for source in range(ranks):
+            sent = [part // width for part in all_to_all_v_bytes(size, source, ranks)[0]]
+            yield start, start + sent[rank], (source,), sum(sent[:rank])
+            start += sent[rank]
     elif op == "broadcast":
         yield 0, numel, (ROOT,), 0
     elif op == "sendrecv":
@@ -154,7 +166,7 @@ def _expected(
     op: str, rank: int, ranks: int, numel: int, dtype: torch.dtype, input_set: int, device: torch.device
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """(start, stop, values int64) in pieces that bound the memory."""
-    for first, last, sources, position in _sources(op, rank, ranks, numel):
+    for first, last, sources, position in _sources(op, rank, ranks, numel, dtype.itemsize):
         for start in range(first, last, CHUNK):
             stop = min(start + CHUNK, last)
             at = position + start - first
@@ -200,9 +212,13 @@ def _compare(found: torch.Tensor, values: torch.Tensor, start: int) -> tuple[int
 def _form(call: CollectiveCall, op: str, ranks: int) -> str | None:
     """Whether the sizes belong together."""
     sent, received = call.input.numel(), call.output.numel()
-    times = {"all_gather": (ranks, 1), "reduce_scatter": (1, ranks)}.get(op, (1, 1))
-    if sent * times[0] != received * times[1]:
+    gathers, scatters = op in ("all_gather", "gather"), op in ("reduce_scatter", "scatter")
+    if sent * (ranks if gathers else 1) != received * (ranks if scatters else 1):
         return f"{op} over {ranks} ranks of {sent} elements cannot give {received}"
+    moved = received * call.output.element_size()
+    size = all_to_all_v_requested(moved, ranks)
+    if op == "all_to_all_v" and moved != sum(all_to_all_v_bytes(size, 0, ranks)[0]):
+        return f"{op} over {ranks} ranks has no size of which each sends {moved} bytes"
     if call.input.dtype != call.output.dtype:
         return f"input is {call.input.dtype}, output {call.output.dtype}"
     return None

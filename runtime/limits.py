@@ -76,12 +76,19 @@ def crossings(op: str, domain_of: Sequence[int]) -> float:
     """Bytes that all ranks together must send to other domains, for each byte of S (nccl-tests' size).
 
     A domain that reduces and copies within itself first needs what a single rank in its place would need
-    (`bus_factor` of the domains); all_to_all cannot share: of the S of each rank the part for other domains;
-    sendrecv is a ring over the ranks.
+    (`bus_factor` of the domains); all_to_all cannot share: of the S of each rank the part for other domains,
+    which for all_to_all_v grows with the distance (as it is before parts are rounded to 16 bytes); sendrecv
+    is a ring over the ranks; gather and scatter move the shares of the ranks outside the root's domain.
     """
     ranks, count = len(domain_of), len(set(domain_of))
     if op == "all_to_all":
         return ranks - sum(domain_of.count(domain) for domain in domain_of) / ranks
+    if op == "all_to_all_v":
+        pairs = ((rank, distance) for rank in range(ranks) for distance in range(1, ranks))
+        away = sum(d for rank, d in pairs if domain_of[rank] != domain_of[(rank + d) % ranks])
+        return away / max(1, ranks * (ranks - 1) // 2)
+    if op in ("gather", "scatter"):
+        return 1 - domain_of.count(domain_of[0]) / ranks
     if op == "sendrecv":
         return sum(domain_of[rank] != domain_of[rank - 1] for rank in range(ranks))
     if op in ("broadcast", "reduce"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,7 +46,8 @@ def _backends() -> list[dict[str, Any]]:
     rows = []
     for name in registry.visible():
         facts = registry.load(name).facts
-        variants = [_variant(v) for v in facts.variants]
+        ways = Counter((v.family, v.mode, v.name) for v in facts.variants)
+        variants = [_variant(v, ways[v.family, v.mode, v.name] > 1) for v in facts.variants]
         rows.append(
             {
                 "backend": name,
@@ -60,8 +62,11 @@ def _backends() -> list[dict[str, Any]]:
     return rows
 
 
-def _variant(variant: Variant) -> str:
+def _variant(variant: Variant, by_operation: bool) -> str:
+    """`by_operation`: others share its name, and differ by what they do."""
     name = f"{variant.mode}/{variant.name}" if variant.name else variant.mode
+    if by_operation:
+        name += f" [{' '.join(variant.ops)}]"
     if variant.validated is None:
         return name
     return f"{name} ({', '.join(variant.validated) or 'contract-only'})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,14 +106,28 @@ def to_text(plan: Plan) -> str:
 
 
 def _unproven(plan: Plan) -> str:
-    """A line that names what has never run on such hardware, or nothing."""
-    ways = {(p.cell.case.backend, p.cell.case.variant): p.cell.case for p in plan.cells if not p.unsupported}
+    """A line that names what has never run on such hardware, or nothing: what of a backend's variant has not
+    stands after it in parentheses, unless it is all of it."""
+    ways: dict[str, dict[tuple[str, str], bool]] = {}
+    for case in (p.cell.case for p in plan.cells if not p.unsupported):
+        facts = registry.load(case.backend).facts
+        proven = facts.proven(plan.sku.device, facts.variant(case)) == "hardware"
+        what = case.shape.op if isinstance(case.shape, Collective) else "exchange"
+        ways.setdefault(f"{case.backend} {case.variant}".strip(), {})[what, case.mode] = proven
     names = []
-    for (backend, variant), case in sorted(ways.items()):
-        facts = registry.load(backend).facts
-        if facts.proven(plan.sku.device, facts.variant(case)) == "contract-only":
-            names.append(f"{backend} {variant}".strip())
+    for name, of_variant in sorted(ways.items()):
+        if not any(of_variant.values()):
+            names.append(name)
+        elif never := _never(of_variant):
+            names.append(f"{name} ({', '.join(never)})")
     return f"\ncontract-only, never run on such hardware: {', '.join(names)}" if names else ""
+
+
+def _never(ran: Mapping[tuple[str, str], bool]) -> list[str]:
+    """What has not run, of (what, mode) -> whether it has: with its mode only if another of its modes has."""
+    half = {what for (what, _), proven in ran.items() if proven}
+    never = sorted(way for way, proven in ran.items() if not proven)
+    return list(dict.fromkeys(f"{mode} {what}" if what in half else what for what, mode in never))
 
 
 def _totals(plan: Plan, runs: int) -> str:

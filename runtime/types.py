@@ -30,7 +30,11 @@ COLLECTIVE_OPS = (
     "broadcast",
     "reduce",
     "sendrecv",
+    "gather",
+    "scatter",
+    "all_to_all_v",
 )
+PROGRAM_OPS = ("hypercube",)  # patterns of external programs, which check them: no oracle of ours
 PROGRAM_REGIMES = ("loop",)  # what external programs time themselves; no suite asks for these
 REGIMES = ("fresh", "chained", "graph", "kernel", *PROGRAM_REGIMES)
 # For collectives the mode is the placement of the output. For MoE it is the contract of the exchange:

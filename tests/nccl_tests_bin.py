@@ -11,6 +11,7 @@ from typing import Any
 
 FAKE = Path(__file__).resolve().with_name("nccl_tests_fake.py")
 PROGRAMS = ("all_reduce", "all_gather", "reduce_scatter", "alltoall", "broadcast", "reduce", "sendrecv")
+PROGRAMS += ("gather", "scatter", "alltoallv", "hypercube")
 
 
 def install(folder: Path, suffix: str = "", programs: Iterable[str] = PROGRAMS) -> Path:

@@ -26,8 +26,9 @@ OPTIONS = {  # letters in the usage of a version
 }
 JSON_VERSION = {"2.17.3": 1, "2.18.0": 1, "2.19.6": 3}
 WIDTH = {"float": 4, "half": 2, "bfloat16": 2}
-REDUCING = ("all_reduce", "reduce_scatter", "reduce")
-SHARED = ("all_gather", "reduce_scatter", "alltoall")
+REDOPS = {**dict.fromkeys(("all_reduce", "reduce_scatter", "reduce", "sendrecv"), "sum"), "hypercube": ""}
+SHARED = ("all_gather", "reduce_scatter", "alltoall", "gather", "scatter", "alltoallv", "hypercube")
+UNCHECKED_IN_PLACE = ("alltoall", "alltoallv", "sendrecv")
 EXITS = {"internal": 1, "cuda": 2, "nccl": 3, "timeout": 4}
 SAID = {
     "internal": "",
@@ -181,8 +182,10 @@ class Fake:
         if self.op in SHARED:
             count = count // self.ranks & ~(16 // width - 1)
             size = count * self.ranks * width
-        redop = "sum" if self.op in REDUCING else "none"
-        root = 0 if self.op in ("broadcast", "reduce") else -1
+        if self.op == "alltoallv":
+            size = sum(self.parts(size))
+        redop = REDOPS.get(self.op, "none")
+        root = 0 if self.op in ("broadcast", "reduce", "gather", "scatter") else -1
         print(f"{size:12}  {count:12}  {self.dtype:>8}  {redop:>6}  {root:6}", end="")
         sys.stdout.flush()
         entry = {"size": size, "count": count, "type": self.dtype, "redop": redop, "root": f"{root:6}"}
@@ -195,6 +198,11 @@ class Fake:
         print()
         self.results.append({**entry, "actual_iterations": self.iters, "experiment_name": ""})
         return None
+
+    def parts(self, total: int) -> list[int]:
+        """As AlltoAllvGetPeerBytesDistanceWeighted: doubles, and the parts cut to whole 16 bytes."""
+        distances = self.ranks * (self.ranks - 1) // 2
+        return [int(float(d) * float(total) / float(distances)) & ~15 for d in range(self.ranks)]
 
     def stop(self, how: str) -> int:
         sys.stdout.flush()
@@ -209,14 +217,14 @@ class Fake:
 
     def body(self, entry: dict, placement: str, size: int, cycle: int) -> None:
         us = (10 + size / 1e5) * (1 + cycle / 10)
-        factor = {"all_reduce": 2.0, "alltoall": 1.0, "all_gather": 1.0, "reduce_scatter": 1.0}.get(
-            self.op, 0
-        )
+        factor = {"all_reduce": 2.0, **dict.fromkeys(SHARED, 1.0)}.get(self.op, 0)
         factor = factor * (self.ranks - 1) / self.ranks if factor else 1.0
         alg = size / us / 1e3
+        if self.op == "hypercube":  # its algbw leaves the own share out already
+            alg, factor = alg * factor, 1.0
         here = size == self.at and placement == "out_of_place"
         wrong = 5 if self.fault in ("wrong", "wrong-exit-zero") and here else 0
-        checked = not (placement == "in_place" and self.op in ("alltoall", "sendrecv"))
+        checked = not (placement == "in_place" and self.op in UNCHECKED_IN_PLACE)
         self.failed += bool(wrong)
         self.busbw.append(alg * factor)
         shown = "nan" if self.fault == "nan" else number(us, 7).strip()

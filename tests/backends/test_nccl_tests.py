@@ -14,8 +14,9 @@ import pytest
 from collectivex.backends import nccl_tests
 from collectivex.backends._tests_verdict import CHECK
 from collectivex.backends.base import Answer, Ended, MissingLibrary, Program, Start
-from collectivex.backends.nccl_tests import Backend
-from collectivex.runtime.types import COLLECTIVE_OPS, Case, Collective, Sampling, Status
+from collectivex.backends.nccl_tests import FACTS, OPS, Backend
+from collectivex.runtime.bandwidth import all_to_all_v_bytes
+from collectivex.runtime.types import MODES, Case, Collective, Sampling, Status
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures" / "nccl_tests"
 SAMPLING = Sampling(warmup_iterations=5, trials=2, iterations=4)
@@ -59,15 +60,19 @@ SIZES = [case(size=size) for size in (1024, 4096, 16384)]
 
 
 def test_it_is_a_program_and_refuses_what_it_cannot_prove() -> None:
-    """In place, alltoall and sendrecv print N/A instead of a check; a share below 16 bytes is none."""
+    """In place, alltoall, alltoallv and sendrecv print N/A instead of a check; a share below 16 bytes is
+    none; hypercube_perf skips ranks that are no power of two."""
     backend = Backend()
     assert isinstance(backend, Program)
-    for op in COLLECTIVE_OPS:
+    for op in OPS:
         assert backend.why_not(case(op)) is None
         reason = backend.why_not(case(op, mode="in-place"))
-        assert (reason is not None) == (op in ("all_to_all", "sendrecv")), reason
-    assert "16 bytes" in str(backend.why_not(case("all_gather", 63)))
-    assert backend.why_not(case("all_gather", 64)) is None
+        assert (reason is not None) == (op in ("all_to_all", "all_to_all_v", "sendrecv")), reason
+        whole = op in ("all_reduce", "broadcast", "reduce", "sendrecv")
+        assert ("16 bytes" in str(backend.why_not(case(op, 63)))) == (not whole)
+        assert backend.why_not(case(op, 64)) is None
+    assert backend.why_not(case("hypercube", ranks=8)) is None
+    assert "power of two of ranks, not on 6" in str(backend.why_not(case("hypercube", ranks=6)))
     assert "0 or 1" in str(backend.why_not(case(knobs=(("sweep", 2),))))
     assert "no float64" in str(backend.why_not(case(dtype="float64")))
 
@@ -141,6 +146,23 @@ def test_a_missing_binary_says_what_to_build(tmp_path: Path) -> None:
         Backend().starts(SIZES, str(tmp_path), {"PATH": str(tmp_path), "HOME": str(tmp_path)})
 
 
+def test_a_program_that_older_versions_do_not_have_is_told_by_name(tmp_path: Path) -> None:
+    """alltoallv_perf came between 2.18.0 and 2.19.0."""
+    fakes.install(tmp_path / "old", programs=("all_reduce", "alltoall"))
+    asked = [case("all_to_all_v")]
+    with pytest.raises(MissingLibrary, match=r"alltoallv_perf is .*\(no version before 2\.19\.0 has it\)"):
+        Backend().starts(asked, str(tmp_path), fakes.environ(tmp_path / "old"))
+    fakes.install(tmp_path / "new")
+    (start, _) = Backend().starts(asked, str(tmp_path), fakes.environ(tmp_path / "new"))
+    assert start.argv[0].endswith("/alltoallv_perf")
+
+
+def test_the_pattern_of_the_uneven_exchange_cannot_be_changed_from_outside() -> None:
+    """A matrix file or another spread would be other bytes under the same name."""
+    names = ("NCCL_TESTS_ALLTOALLV_SPREAD", "NCCL_TESTS_ALLTOALLV_MATRIX_FILE")
+    assert all(name.startswith(Backend.withheld) for name in names)
+
+
 def test_a_binary_that_cannot_be_loaded_says_why(binaries: Path, tmp_path: Path) -> None:
     """The loader's own words, and the remedy."""
     environ = fakes.environ(binaries, fault="no-library")
@@ -157,19 +179,25 @@ def test_a_build_that_is_too_old_is_refused(binaries: Path, tmp_path: Path) -> N
 # ---------------------------------------------------------------------------------- what is believed
 
 
-@pytest.mark.parametrize("version", ["2.13.10", "2.17.3", "2.18.0", "2.19.6"])
-@pytest.mark.parametrize("op", COLLECTIVE_OPS)
+VERSIONS = ("2.13.10", "2.17.3", "2.18.0", "2.19.6")
+
+
+@pytest.mark.parametrize(
+    ("op", "version"), [(op, v) for op in OPS for v in VERSIONS if op != "all_to_all_v" or v == "2.19.6"]
+)
 def test_an_honest_run_gives_its_own_numbers(op: str, version: str, measure: Callable) -> None:
-    """10 us + 1 us for 100,000 bytes, a tenth more in the second cycle: one sample a cycle, of 4 calls."""
+    """10 us + 1 us for 100,000 bytes, a tenth more in the second cycle: one sample a cycle, of 4 calls. Of
+    99,968 bytes the three parts of alltoallv are 16,656, 33,312 and 49,984."""
     asked = case(op, 100_000 // 64 * 64)
     answer = measure([asked], version)[asked]
     assert answer.status is Status.OK, answer.reason
     (series,) = answer.series
-    expected = 10 + asked.shape.bytes / 1e5
+    size = 99_952 if op == "all_to_all_v" else 99_968
+    expected = 10 + size / 1e5
     assert series.samples_us == pytest.approx([expected, expected * 1.1], abs=0.006)
     assert (series.component, series.regime, series.headline) == ("call", "loop", "max")
     assert (series.per_sample, series.trials) == (4, 2)
-    assert answer.bytes == {"family": "collective", "size": 99_968, "requested": 99_968}
+    assert answer.bytes == {"family": "collective", "size": size, "requested": 99_968}
     assert [(c.name, c.passed, c.calls) for c in answer.checks] == [(CHECK, True, 2)]
     told = ("2.28.9", "2.28.9") if version >= "2.18" else (None, None)
     assert answer.libraries["nccl"] == told or version == "2.17.3"
@@ -181,6 +209,103 @@ def test_the_sibling_process_gives_every_iteration(measure: Callable) -> None:
     (series,) = answer.series
     assert (series.component, series.per_sample, series.trials) == ("call_iteration", 1, 2)
     assert series.samples_us == pytest.approx([11, 12, 13, 14, 12.1, 13.1, 14.1, 15.1])
+
+
+COLUMNS = "#       size         count      type   redop    root" + "     time   algbw   busbw  #wrong" * 2
+
+
+def composed(program: str, *rows: str, bad: int = 0) -> str:
+    """What a run on 4 GPUs would print. Composed by hand from the formats of 2.19.6 (src/util.cu:
+    writeBenchmarkLinePreamble "%12li  %12li  %8s  %6s  %6s", writeBenchmarkLineBody "  %7s  %6s  %6s  %6g",
+    or N/A), not recorded: these programs have never run here."""
+    head = ["# nccl-tests version 2.19.6 nccl-headers=22809 nccl-library=22809"]
+    head += [f"# Collective test starting: {program}", COLUMNS]
+    foot = f"# Out of bounds values : {bad} {'FAILED' if bad else 'OK'}"
+    return "\n".join([*head, *rows, foot, f"# Collective test concluded: {program}", ""])
+
+
+def judged(op: str, size: int, row: str, mode: str = "out-of-place") -> Answer:
+    """The verdict on a composed run with one row."""
+    asked = case(op, size, mode=mode)
+    program = nccl_tests.PROGRAMS[op]
+    start = Start("x", (asked,), (program, "-g", "4", "-n", "4", "-c", "1"))
+    return Backend().answers(start, Ended(0, composed(program, row)))[asked]
+
+
+# 1 MiB in 100 us is 10.49 GB/s, three quarters of it 7.86. What 4 ranks send of it unevenly: 6ths of 1048576
+# are 174752, 349520 and 524288 in whole 16 bytes, together 1048560.
+ROW = (
+    "     {size}  {count:>12}     float  {redop:>6}  {root:>6}   100.00  {alg:>6}  {bus:>6}       0   {there}"
+)
+CHECKED, UNCHECKED = "100.00  {alg:>6}  {bus:>6}       0", "100.00  {alg:>6}  {bus:>6}     N/A"
+PRINTED = {
+    "sendrecv": ("262144", "sum", -1, 1048576, "10.49", "10.49", UNCHECKED),
+    "gather": ("65536", "none", 0, 1048576, "10.49", "7.86", CHECKED),
+    "scatter": ("65536", "none", 0, 1048576, "10.49", "7.86", CHECKED),
+    "all_to_all_v": ("65536", "none", -1, 1048560, "10.49", "7.86", UNCHECKED),
+    "hypercube": ("65536", "", -1, 1048576, "7.86", "7.86", CHECKED),
+}
+
+
+def printed(op: str, **changes: object) -> str:
+    count, redop, root, size, alg, bus, there = PRINTED[op]
+    said = {"count": count, "redop": redop, "root": root, "size": size, "alg": alg, "bus": bus, **changes}
+    return ROW.format(there=there.format(**said), **said)
+
+
+@pytest.mark.parametrize("op", PRINTED)
+def test_what_each_program_prints_of_a_mebibyte_is_understood(op: str) -> None:
+    """sendrecv prints the operation of -o, which it does not use; hypercube an empty one; gather and scatter
+    their root. In place the check of two of them is N/A."""
+    answer = judged(op, 1 << 20, printed(op))
+    assert answer.status is Status.OK, answer.reason
+    assert answer.series[0].samples_us == [100.0]
+    assert answer.bytes == {"family": "collective", "size": PRINTED[op][3], "requested": 1 << 20}
+    in_place = judged(op, 1 << 20, printed(op), mode="in-place")
+    assert (in_place.status is Status.OK) == (PRINTED[op][-1] is CHECKED), in_place.reason
+
+
+@pytest.mark.parametrize(
+    ("op", "changes", "said"),
+    [
+        ("gather", {"root": -1}, "asked for root 0, gather_perf ran with -1"),
+        ("scatter", {"root": 1}, "asked for root 0, scatter_perf ran with 1"),
+        ("hypercube", {"root": 0}, "asked for root -1, hypercube_perf ran with 0"),
+        ("hypercube", {"redop": "none"}, "asked for float , hypercube_perf ran float none"),
+        ("sendrecv", {"redop": "none"}, "asked for float sum, sendrecv_perf ran float none"),
+        ("gather", {"size": 1048512}, "asked for 1048576 bytes, gather_perf ran 1048512"),
+        ("all_to_all_v", {"size": 1048576}, "asked for 1048576 bytes, alltoallv_perf ran 1048576"),
+        ("all_to_all_v", {"size": 1048544}, "asked for 1048576 bytes, alltoallv_perf ran 1048544"),
+        ("all_to_all_v", {"bus": "10.49"}, "time and busbw do not fit"),
+        ("hypercube", {"bus": "10.49"}, "time and busbw do not fit"),
+    ],
+)
+def test_what_none_of_them_prints_is_refused(op: str, changes: dict[str, object], said: str) -> None:
+    """Another root, operation, size or bandwidth is another operation. The uneven exchange has one size."""
+    answer = judged(op, 1 << 20, printed(op, **changes))
+    assert answer.status in (Status.INCORRECT, Status.FAILED)
+    assert said in str(answer.reason)
+
+
+def test_the_uneven_exchange_is_the_one_that_the_program_generates(measure: Callable) -> None:
+    """The fake has the formula of alltoallv.cu in doubles; ours is in integers. On 2 to 16 ranks."""
+    for ranks in range(2, 17):
+        asked = case("all_to_all_v", 1_000_000, ranks=ranks)
+        answer = measure([asked])[asked]
+        assert answer.status is Status.OK, answer.reason
+        assert answer.bytes is not None
+        assert answer.bytes["size"] == sum(all_to_all_v_bytes(1_000_000, 0, ranks)[0])
+
+
+def test_only_what_ran_on_gpus_is_called_validated() -> None:
+    """all_reduce out of place, of which results are published; everything else is contract-only."""
+    for op in OPS:
+        for mode in MODES["collective"]:
+            variant = FACTS.variant(case(op, mode=mode))
+            assert variant is not None
+            assert (variant.mode, op in variant.ops) == (mode, True)
+            ran = (op, mode) == ("all_reduce", "out-of-place")
+            assert FACTS.proven("cuda", variant) == ("hardware" if ran else "contract-only")
 
 
 def test_both_placements_of_a_sweep_are_told_apart(measure: Callable) -> None:

@@ -12,8 +12,9 @@ import pytest
 from collectivex.backends import rccl_tests
 from collectivex.backends._tests_output import Unreadable
 from collectivex.backends.base import Answer, Ended, MissingLibrary, Program, Start
+from collectivex.backends.nccl_tests import OPS
 from collectivex.backends.rccl_tests import FACTS, Backend
-from collectivex.runtime.types import COLLECTIVE_OPS, Case, Collective, Sampling, Status
+from collectivex.runtime.types import MODES, Case, Collective, Sampling, Status
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures" / "rccl_tests"
 SAMPLING = Sampling(warmup_iterations=5, trials=2, iterations=4)
@@ -67,11 +68,13 @@ def test_it_is_a_program_for_amd_that_has_never_run_there() -> None:
     """Labelled until it has; refused where its number would stand without proof."""
     assert isinstance(Backend(), Program)
     assert ("contract-only", ("hip",), ("loop",)) == (FACTS.proven("hip"), FACTS.devices, FACTS.regimes)
-    for op in COLLECTIVE_OPS:
+    for op in set(OPS) - {"all_to_all_v"}:
         assert Backend().why_not(case(op)) is None
         assert (Backend().why_not(case(op, mode="in-place")) is None) == (
             op not in ("all_to_all", "sendrecv")
         )
+    for mode in MODES["collective"]:
+        assert "a pattern of its own" in str(Backend().why_not(case("all_to_all_v", mode=mode)))
     said_of_size = str(Backend().why_not(case("all_gather", 63)))
     assert said_of_size.startswith("rccl-tests rounds each rank's share down to 16 bytes")
     assert "rccl_tests has the knob 'mpi' as 0 or 1, not 2" == Backend().why_not(case(knobs=(("mpi", 2),)))

@@ -18,7 +18,7 @@ from collectivex.runtime.device import ManualDevice
 from collectivex.runtime.problem import MoeProblem
 from collectivex.runtime.processes import worker_command
 from collectivex.runtime.ranks import ThreadRanks
-from collectivex.runtime.types import COLLECTIVE_OPS, Case, Collective, Moe
+from collectivex.runtime.types import COLLECTIVE_OPS, PROGRAM_OPS, Case, Collective, Moe
 
 SUITE = """\
 schema: collectivex.suite.v1
@@ -57,16 +57,20 @@ groups:
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
 def run(request, tmp_path_factory) -> tuple[int, list[dict]]:
-    folder = tmp_path_factory.mktemp(f"gloo{request.param}")
-    (folder / "gloo.yaml").write_text(SUITE)
+    return request.param, records_of("gloo", SUITE, request.param, tmp_path_factory)
+
+
+def records_of(name: str, suite: str, ranks: int, tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp(f"{name}{ranks}")
+    (folder / f"{name}.yaml").write_text(suite)
     argv = worker_command()
     argv = argv[: argv.index("worker")]
-    argv += ["run", "--suite", str(folder / "gloo.yaml"), "--backend", "torch_dist"]
-    argv += ["--ranks", str(request.param), "--out", str(folder / "out")]
+    argv += ["run", "--suite", str(folder / f"{name}.yaml"), "--backend", "torch_dist"]
+    argv += ["--ranks", str(ranks), "--out", str(folder / "out")]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=240, check=False)
     files = list((folder / "out" / "cells").glob("*.json"))
     assert files, done.stderr
-    return request.param, [json.loads(Path(file).read_text()) for file in files]
+    return [json.loads(Path(file).read_text()) for file in files]
 
 
 def test_every_operation_is_right_at_every_size_spread_and_dtype(run) -> None:
@@ -76,6 +80,69 @@ def test_every_operation_is_right_at_every_size_spread_and_dtype(run) -> None:
     wrong = {r["identity"]["case_id"]: r["reason"] for r in records if r["status"] != "ok"}
     assert {} == wrong
     assert 7 * 3 * 3 + 2 + 2 * 2 * 3 * 3 == len(records)
+
+
+UNEVEN = """\
+schema: collectivex.suite.v1
+name: uneven
+description: what has a root or split sizes
+runs: 1
+order: declared
+deadline_s: 60
+sampling: {warmup_iterations: 1, warmup_s: 0, trials: 1, iterations: 2, chain_blocks: 4, chain_block: 1}
+groups:
+  - family: collective
+    ops: [gather, scatter, all_to_all_v]
+    dtypes: [float32, bfloat16, float16]
+    sizes: [64, 1000, 4KiB]
+    modes: [out-of-place]
+    regimes: [fresh, chained]
+"""
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3, 4])
+def uneven(request, tmp_path_factory) -> tuple[int, list[dict]]:
+    return request.param, records_of("uneven", UNEVEN, request.param, tmp_path_factory)
+
+
+def test_what_has_a_root_or_split_sizes_is_right_on_every_number_of_ranks(uneven) -> None:
+    """Sizes that divide over no ranks among them: all proven, none skipped, with the bytes of nccl-tests."""
+    ranks, records = uneven
+
+    wrong = {r["identity"]["case_id"]: r["reason"] for r in records if r["status"] != "ok"}
+    assert {} == wrong
+    assert 3 * 3 * 3 == len(records)
+    moved = {r["bytes"]["size"] for r in records if r["case"]["shape"]["op"] == "all_to_all_v"}
+    few, several = {64, 992, 4096}, {48, 960, 4080}  # of 64, 1000 and 4096 bytes
+    assert (few if ranks < 3 else several) == moved
+    # validated on cpu only: on a GPU the same records would be contract-only
+    assert {"hardware"} == {r["backend"]["validated"] for r in records}
+
+
+def test_what_has_run_on_cpu_only_says_so() -> None:
+    """Of one name, mode and backend: told apart by the operation."""
+    for op in (*COLLECTIVE_OPS, *PROGRAM_OPS):
+        case = Case("torch_dist", "", "out-of-place", Collective(op, 4096, "float32"), 4)
+        variant = FACTS.variant(case)
+        assert variant is not None
+        assert "hardware" == FACTS.proven("cpu", variant)
+        ran_on_cuda = op not in ("gather", "scatter", "all_to_all_v")
+        assert FACTS.proven("cuda", variant) == ("hardware" if ran_on_cuda else "contract-only")
+        reason = Backend().why_not(case)
+        assert reason == ("torch_dist has no out-of-place hypercube" if op == "hypercube" else None)
+
+
+def test_an_uneven_exchange_of_nothing_is_refused() -> None:
+    """Below 16 bytes for each rank no part is left; a first byte more, and one is."""
+    reasons = {
+        size: Backend().why_not(
+            Case("torch_dist", "", "out-of-place", Collective("all_to_all_v", size, "bfloat16"), 4)
+        )
+        for size in (63, 64)
+    }
+
+    said = "all_to_all_v rounds shares down to 16 bytes: nothing is left of 63 bytes"
+    assert {63: said, 64: None} == reasons
 
 
 def test_the_padded_exchange_says_what_it_puts_on_the_wire(run) -> None:

@@ -55,6 +55,9 @@ def rows(name: str, component: str, dtype: str = "bf16") -> list[float]:
         ("all_gather", 268.435456, 201.326592),  # 3/4
         ("reduce_scatter", 268.435456, 201.326592),
         ("all_to_all", 268.435456, 201.326592),
+        ("gather", 268.435456, 201.326592),
+        ("scatter", 268.435456, 201.326592),
+        ("all_to_all_v", 268.435452, 201.326589),  # S = 2^30 - 16: sixths of 2^30 in whole 16 bytes
         ("broadcast", 268.435456, 268.435456),  # 1
         ("reduce", 268.435456, 268.435456),
         ("sendrecv", 268.435456, 268.435456),
@@ -73,7 +76,8 @@ def test_every_collective_has_a_factor_and_counts() -> None:
     """No operation of the vocabulary is missing, and none is invented."""
     for op in COLLECTIVE_OPS:
         assert bandwidth.bus_factor(op, 8) > 0
-        assert collective_counts(op, 1024, "float32", 8)[2] == 1024
+        assert collective_counts(op, 1792, "float32", 8)[2] == 1792  # 28 distances of 64 bytes
+    assert bandwidth.bus_factor("hypercube", 8) == 7 / 8  # its algbw in nccl-tests, and its busbw
     for function in (
         lambda: bandwidth.bus_factor("scan", 2),
         lambda: collective_counts("scan", 8, "float32", 2),
@@ -92,6 +96,9 @@ def test_every_collective_has_a_factor_and_counts() -> None:
         ("all_gather", (65536, 262144, MIB)),  # S is the gathered whole
         ("reduce_scatter", (262144, 65536, MIB)),  # S is the unreduced whole
         ("all_to_all", (262144, 262144, MIB)),  # S is a rank's buffer, own share included
+        ("gather", (65536, 262144, MIB)),
+        ("scatter", (262144, 65536, MIB)),
+        ("all_to_all_v", (262140, 262140, MIB - 16)),  # 174752 + 349520 + 524288 bytes
     ],
 )
 def test_element_counts_of_one_mebibyte_on_four_ranks(op: str, expected: tuple[int, int, int]) -> None:
@@ -106,6 +113,8 @@ def test_element_counts_of_one_mebibyte_on_four_ranks(op: str, expected: tuple[i
         ("all_reduce", 0, (1, 1, 2)),  # never nothing
         ("all_gather", 1000, (166, 498, 996)),  # 500 elements are 166 for each of 3 ranks
         ("all_to_all", 2, (3, 3, 6)),  # at least one element a peer: more than was asked
+        ("all_to_all_v", 1000, (480, 480, 960)),  # 20 times 16 for each of 3 ranks; the parts are 320 and 640
+        ("all_to_all_v", 47, (0, 0, 0)),  # no 16 bytes for each of 3 ranks: nothing, and refused
     ],
 )
 def test_a_size_that_does_not_divide_is_realised_as_whole_chunks(
@@ -130,7 +139,39 @@ def test_the_realised_size_is_the_largest_that_fits(op: str, size: int, dtype: s
 
     assert max(sent, received) * width == realised
     assert realised <= max(size, ranks * width)
-    assert realised > size - ranks * width
+    lost = 16 * (2 * ranks - 1) if op == "all_to_all_v" else ranks * width
+    assert realised > size - lost
+
+
+def test_an_uneven_exchange_of_a_kilobyte_on_four_ranks() -> None:
+    """By hand from src/alltoallv.cu of nccl-tests 2.19.6: total 1024 is 16 times 64; the distances 1, 2 and 3
+    add up to 6; 1024/6 = 170.67 -> 160, 2048/6 = 341.33 -> 336, 3072/6 = 512."""
+    sent, received = zip(*(bandwidth.all_to_all_v_bytes(1024, rank, 4) for rank in range(4)), strict=True)
+
+    assert sent == ([0, 160, 336, 512], [512, 0, 160, 336], [336, 512, 0, 160], [160, 336, 512, 0])
+    assert received == ([0, 512, 336, 160], [160, 0, 512, 336], [336, 160, 0, 512], [512, 336, 160, 0])
+    assert bandwidth.all_to_all_v_bytes(1087, 0, 4) == (sent[0], received[0])  # 1088 would be 17 times 64
+    assert bandwidth.all_to_all_v_bytes(1000, 0, 1) == ([992], [992])  # alone it keeps all
+
+
+@given(st.integers(0, 2**40), st.integers(1, 64))
+def test_an_uneven_exchange_balances(size: int, ranks: int) -> None:
+    """What i sends to j is what j receives from i; rows and columns have one sum; parts are whole 16 bytes
+    and those of the formula in doubles; the requested size can be read off the sum."""
+    table = [bandwidth.all_to_all_v_bytes(size, rank, ranks) for rank in range(ranks)]
+    total = size // (16 * ranks) * 16 * ranks
+    distances = ranks * (ranks - 1) / 2
+
+    for i, (sent, received) in enumerate(table):
+        assert received == [table[j][0][i] for j in range(ranks)]
+        assert sum(sent) == sum(received) == sum(table[0][0]) <= total
+        assert all(part % 16 == 0 for part in sent)
+        if ranks > 1:
+            doubles = [
+                int(float((j - i) % ranks) * float(total) / distances) // 16 * 16 for j in range(ranks)
+            ]
+            assert sent == doubles
+    assert bandwidth.all_to_all_v_requested(sum(table[0][0]), ranks) == total
 
 
 # MoE

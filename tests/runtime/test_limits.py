@@ -79,6 +79,12 @@ def test_rows_that_cross_do_not_count_against_the_links_within() -> None:
         ("reduce", 1.0),
         ("all_to_all", 8.0),  # each of 16 ranks half of its S
         ("sendrecv", 2.0),  # the ring leaves each node once
+        ("gather", 0.5),  # the shares of the eight ranks without the root
+        ("scatter", 0.5),
+        (
+            "all_to_all_v",
+            128 * 8 / 120,
+        ),  # 128 pairs at distances 1 to 15, as many at 8 - d as at 8 + d, of 120
     ],
 )
 def test_what_of_a_collective_must_cross_between_two_nodes(op: str, factor: float) -> None:
@@ -97,7 +103,12 @@ def test_domains_of_unequal_size_share_an_all_to_all_by_their_size() -> None:
     """Three ranks and one: 3 of them send a quarter of S out, the fourth three quarters: 3/4 + 3/4."""
     assert limits.crossings("all_to_all", [0, 0, 0, 1]) == pytest.approx(1.5)
     assert limits.crossings("all_reduce", [0, 0, 0, 1]) == pytest.approx(2.0)
+    assert limits.crossings("gather", [0, 0, 0, 1]) == pytest.approx(0.25)
+    assert limits.crossings("scatter", [1, 0, 0, 0]) == pytest.approx(0.75)
+    # 0, 1 and 2 send 3, 2 and 1 sixths to rank 3, which sends everything out
+    assert limits.crossings("all_to_all_v", [0, 0, 0, 1]) == pytest.approx(2.0)
     assert limits.crossings("sendrecv", [0, 1, 0, 1]) == 4
+    assert limits.crossings("hypercube", [0, 0, 0, 1]) == limits.crossings("all_gather", [0, 0, 0, 1]) == 1
 
 
 def test_a_collective_within_one_domain_stands_against_the_links_only() -> None:

@@ -555,10 +555,12 @@ def expected_by_hand(op: str, inputs: list[torch.Tensor], rank: int) -> torch.Te
         "reduce_scatter": total[rank * chunk : (rank + 1) * chunk],
         "all_to_all": torch.cat([i[rank * chunk : (rank + 1) * chunk] for i in inputs]),
         "sendrecv": inputs[(rank - 1) % ranks],
+        "gather": torch.cat(inputs) if rank == 0 else None,
+        "scatter": inputs[0][rank * chunk : (rank + 1) * chunk],
     }[op]
 
 
-@pytest.mark.parametrize("op", COLLECTIVE_OPS)
+@pytest.mark.parametrize("op", [op for op in COLLECTIVE_OPS if op != "all_to_all_v"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_expected_output_is_the_operations_definition(op: str, dtype: torch.dtype, monkeypatch):
     """For each rank and several sizes, in pieces as well."""
@@ -572,6 +574,69 @@ def test_the_expected_output_is_the_operations_definition(op: str, dtype: torch.
                 found = oracle.collective_expected(op, rank, ranks, size, dtype, 5, CPU)
                 assert (wanted is None) == (found is None)
                 assert wanted is None or torch.equal(wanted, found)
+
+
+# What four ranks send each other of 1024 bytes, in bfloat16: see test_bandwidth.py, where it is worked out.
+UNEVEN = [[0, 80, 168, 256], [256, 0, 80, 168], [168, 256, 0, 80], [80, 168, 256, 0]]
+
+
+def uneven(sends: list[list[int]], rank: int, input_set: int = 5) -> torch.Tensor:
+    """What a rank gets if `sends` are the elements: the segments of every source for it, in their order."""
+    inputs = [
+        oracle.collective_input("all_to_all_v", r, 4, 504, torch.bfloat16, input_set, CPU) for r in range(4)
+    ]
+    return torch.cat([i.split(row)[rank] for i, row in zip(inputs, sends, strict=True)])
+
+
+def test_an_uneven_exchange_gives_the_segments_of_every_source_in_order(monkeypatch):
+    """By hand for four ranks, in pieces as well; two ranks swap their buffers, one keeps its own."""
+    monkeypatch.setattr(collective_oracle, "CHUNK", 7)
+    for rank in range(4):
+        found = oracle.collective_expected("all_to_all_v", rank, 4, 504, torch.bfloat16, 5, CPU)
+        assert found is not None
+        assert torch.equal(uneven(UNEVEN, rank), found)
+    for rank, ranks, source in ((0, 2, 1), (1, 2, 0), (0, 1, 0)):
+        theirs = oracle.collective_input("all_to_all_v", source, ranks, 64, torch.float32, 5, CPU)
+        found = oracle.collective_expected("all_to_all_v", rank, ranks, 64, torch.float32, 5, CPU)
+        assert found is not None
+        assert torch.equal(theirs, found)
+
+
+WRONG_SPLITS = {
+    "equal": [[126] * 4] * 4,
+    "8 elements moved from one peer to the next": [[0, 88, 160, 256], *UNEVEN[1:]],
+    "by distance the other way round": [
+        [row[(2 * r - i) % 4] for i in range(4)] for r, row in enumerate(UNEVEN)
+    ],
+    "with a share for itself": [[row[i - 1] for i in range(4)] for row in UNEVEN],
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SPLITS)
+def test_a_wrong_split_of_an_uneven_exchange_is_red(name: str):
+    """The right bytes in all, but other ones for some rank."""
+    reds = []
+    for rank in range(4):
+        wrong = uneven(WRONG_SPLITS[name], rank, 0)
+        call = OneRank(504, 504, lambda c, wrong=wrong: c.output[: len(wrong)].copy_(wrong[:504]))
+        call.input, call.output = call.input.bfloat16(), call.output.bfloat16()
+        (output, kept) = oracle.check_collective(call, "all_to_all_v", rank, 4, 0, CpuDevice())
+        assert kept.passed
+        reds.append(not output.passed)
+    assert any(reds)
+
+    right = OneRank(504, 504, lambda c: c.output.copy_(uneven(UNEVEN, 3, 0)))
+    right.input, right.output = right.input.bfloat16(), right.output.bfloat16()
+    assert oracle.check_collective(right, "all_to_all_v", 3, 4, 0, CpuDevice())[0].passed
+
+
+def test_an_uneven_exchange_of_a_size_that_does_not_exist_is_red():
+    """508 elements are no sum of rounded parts; 504 of the input and 508 of the output are no exchange."""
+    for sent, said in ((508, "no size of which each sends 1016 bytes"), (504, "cannot give 508")):
+        call = OneRank(sent, 508, lambda c: None)
+        call.input, call.output = call.input.bfloat16(), call.output.bfloat16()
+        output, _ = oracle.check_collective(call, "all_to_all_v", 0, 4, 0, CpuDevice())
+        assert said in str(output.detail)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -664,14 +729,15 @@ def test_an_output_that_a_collective_does_not_write_is_red_even_if_it_was_right_
 
 def test_two_checks_come_back_on_every_rank():
     """Where an operation promises a rank nothing the check passes: lists of all ranks are merged in step."""
-    untouched = OneRank(4, 4, lambda call: None)
-
-    for op, rank in (("reduce", 1), ("broadcast", 0)):
+    for op, rank in (("reduce", 1), ("broadcast", 0), ("gather", 1)):
+        untouched = OneRank(4, 8 if op == "gather" else 4, lambda call: None)
         checks = oracle.check_collective(untouched, op, rank, 2, 1, CpuDevice(), "after")
         assert [(c.name, c.phase, c.passed) for c in checks] == [
             ("output", "after", True),
             ("inputs unchanged", "after", True),
         ]
+    assert not oracle.check_collective(untouched, "gather", 0, 2, 1, CpuDevice())[0].passed
+    untouched = OneRank(4, 4, lambda call: None)
     assert not oracle.check_collective(untouched, "broadcast", 1, 2, 1, CpuDevice())[0].passed
 
 

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from collectivex.runtime import environment, execute, matrix, program, summary, 
 from collectivex.runtime.errors import UserError
 from collectivex.runtime.processes import worker_command
 from collectivex.runtime.sku import load_sku
-from collectivex.runtime.suite import load_suite
+from collectivex.runtime.suite import FOLDER, load_suite
 from collectivex.runtime.terminal import Follow, Process
 
 SKU = """\
@@ -136,6 +137,28 @@ def test_an_honest_run_is_measured_checked_and_valid(
     assert len(seen) == 2
     assert all(s["env"]["NCCL_NVLS_ENABLE"] == "0" for s in seen)
     assert all("NCCL_TESTS_SPLIT" not in s["env"] for s in seen)
+
+
+def test_the_suite_of_every_program_is_one_process_for_each_and_dtype(
+    bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Eleven programs, two dtypes: 22 processes for 114 cells, each of them read, checked and valid."""
+    text = (FOLDER / "nccl-tests.yaml").read_text().replace("name: nccl-tests", "name: sweep")
+    programs = text.partition("  - family: collective\n    backends: [torch_dist]")[0]
+
+    code, records, stderr = bench(suite=programs, record=str(tmp_path / "seen.jsonl"))
+
+    assert code == 0, stderr
+    assert ["ok"] * (11 * 2 * 3 + 8 * 2 * 3) == [r["status"] for r in records]
+    assert valid(tmp_path / "out"), capsys.readouterr().out
+    seen = [json.loads(line)["program"] for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
+    assert {f"{name}_perf": 2 for name in fakes.PROGRAMS} == Counter(seen)
+    ran = {
+        (r["case"]["shape"]["op"], r["case"]["mode"])
+        for r in records
+        if r["backend"]["validated"] == "hardware"
+    }
+    assert {("all_reduce", "out-of-place")} == ran
 
 
 def test_versions_come_from_the_program(bench: Any, tmp_path: Path) -> None:

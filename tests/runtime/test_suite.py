@@ -19,6 +19,7 @@ from collectivex.runtime.types import (
     DTYPES,
     FAMILIES,
     MODES,
+    PROGRAM_OPS,
     PROGRAM_REGIMES,
     REGIMES,
     Routing,
@@ -273,7 +274,7 @@ def test_the_schema_offers_what_the_types_know() -> None:
         assert tuple(keys["dtypes"]["items"]["enum"]) == DTYPES[family]
         assert (*keys["regimes"]["items"]["enum"], *PROGRAM_REGIMES) == REGIMES
     assert tuple(defs["group"]["properties"]["family"]["enum"]) == FAMILIES
-    assert tuple(defs["collective"]["properties"]["ops"]["items"]["enum"]) == COLLECTIVE_OPS
+    assert tuple(defs["collective"]["properties"]["ops"]["items"]["enum"]) == (*COLLECTIVE_OPS, *PROGRAM_OPS)
     assert tuple(defs["routing"]["properties"]["kind"]["enum"]) == Routing.KINDS
     assert tuple(defs["routing"]["properties"]["spread"]["enum"]) == Routing.SPREADS
     assert set(defs["sampling"]["properties"]) == {f.name for f in fields(Sampling)}
@@ -308,25 +309,27 @@ def test_the_points_of_the_published_table_can_have_every_percentile() -> None:
             assert not (published and plain) or samples == (384, 96)
 
 
+def thorough(name: str) -> set[tuple[str, tuple[int, ...], str]]:
+    """(mode, tokens, dtype) of a suite's groups with 300 checked calls."""
+    return {
+        (mode, group.tokens, dtype)
+        for group in suite.load_suite(name).groups
+        if group.sampling.checked_calls == 300
+        for mode in group.modes
+        for dtype in group.dtypes
+    }
+
+
 def test_the_largest_shapes_are_checked_300_times() -> None:
-    """The largest low-latency and normal ones in both dtypes: fp8 at T = 8192 in ep-ladder, the others in ep-core."""
-
-    def thorough(name: str) -> set[tuple[str, tuple[int, ...], str]]:
-        return {
-            (mode, group.tokens, dtype)
-            for group in suite.load_suite(name).groups
-            if group.sampling.checked_calls == 300
-            for mode in group.modes
-            for dtype in group.dtypes
-        }
-
-    normal = {("normal", (8192,), "bf16"), ("normal", (8192,), "fp8")}
+    """ep-ladder: T = 512 in low-latency and 8192 in the other modes, both dtypes; ep-core most of them."""
+    largest = {"low-latency": 512, "normal": 8192, "cached": 8192}
+    everything = {(mode, (tokens,), dtype) for mode, tokens in largest.items() for dtype in DTYPES["moe"]}
+    assert thorough("ep-ladder") == everything
     assert thorough("ep-core") == {
         ("low-latency", (512,), "bf16"),
         ("low-latency", (512,), "fp8"),
         ("normal", (8192,), "bf16"),
     }
-    assert thorough("ep-ladder") == normal
 
 
 def test_ep_ladder_has_every_size_in_every_mode_and_dtype() -> None:
