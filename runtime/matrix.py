@@ -47,16 +47,18 @@ def expand(
     sku = sku.at(nodes or 1)
     ranks = _ranks(sku, ranks)
     _refuse_unknown(suite, backends)
-    cases: dict[str, tuple[Case, str | None]] = {}
-    asked: dict[tuple[object, ...], str] = {}
+    cases: list[tuple[Case, str | None]] = []
+    asked: dict[tuple[object, ...], tuple[Group, Case]] = {}
     for group in suite.groups:
         _refuse_impossible(suite, group, ranks)
         for case, reason in _group_cases(suite, group, sku, backends, ranks):
-            case_id = case.id
-            if case_id not in cases:
-                _refuse_contradiction(suite, group, case, asked)
-                cases[case_id] = case, reason
-    return _ordered(suite, list(cases.values()), runs or suite.runs)
+            same = case.backend, case.variant, case.mode, case.shape, case.knobs
+            earlier = asked.setdefault(same, (group, case))
+            if earlier[1] is case:
+                cases.append((case, reason))
+            elif earlier[1].id != case.id:
+                raise _contradiction(suite, group, case, earlier[0])
+    return _ordered(suite, cases, runs or suite.runs)
 
 
 def _ranks(sku: Sku, ranks: int | None) -> int:
@@ -95,32 +97,29 @@ def _refuse_impossible(suite: Suite, group: Group, ranks: int) -> None:
             raise error
 
 
-def _refuse_contradiction(
-    suite: Suite, group: Group, case: Case, asked: dict[tuple[object, ...], str]
-) -> None:
+def _contradiction(suite: Suite, group: Group, case: Case, other: Group) -> UserError:
     """Two groups may ask for the same case; they may not ask for it with different sampling or regimes."""
-    same = case.backend, case.variant, case.mode, case.shape, case.knobs
-    other = asked.setdefault(same, group.key)
-    if other != group.key:
-        again = f"asks for {case.shape.label} {case.mode} again"
-        raise suite.refuse(group.key, f"{again}, with other regimes or sampling than {other}")
+    again = f"asks for {case.shape.label} {case.mode} again"
+    return suite.refuse(group.key, f"{again}, with other regimes or sampling than {other.key}")
 
 
 def _group_cases(
     suite: Suite, group: Group, sku: Sku, backends: Sequence[str] | None, ranks: int
 ) -> Iterator[tuple[Case, str | None]]:
     selected = backends or group.backends or registry.visible()
+    shapes = list(group.shapes())
     for name in selected:
         backend = registry.load(name)
+        refused = _refused_here(backend.facts, sku)
         for mode in group.modes:
             offered = [v for v in backend.facts.variants if (v.family, v.mode) == (group.family, mode)]
             if group.variants is not None:
                 offered = [v for v in offered if v.name in group.variants]
-            for shape in group.shapes():
+            for shape in shapes:
                 fitting = [v for v in offered if _fits(v, shape)]
                 for variant in fitting or [None]:
-                    case = _case(suite, group, sku, name, mode, variant, shape, ranks)
-                    reason = _refused_here(backend.facts, sku)
+                    case = _case(suite, group, sku, backend.facts, mode, variant, shape, ranks)
+                    reason = refused
                     if reason is None and variant is None:
                         reason = _nothing_fits(backend.facts, group, mode, shape, offered)
                     yield case, reason or backend.why_not(case)
@@ -130,16 +129,16 @@ def _case(
     suite: Suite,
     group: Group,
     sku: Sku,
-    backend: str,
+    facts: Facts,
     mode: str,
     variant: Variant | None,
     shape: Shape,
     ranks: int,
 ) -> Case:
     on_device = sku.device != "cpu" and variant is not None and variant.graph_safe
-    own = registry.load(backend).facts.regimes  # an external program has its own clock, whatever is asked for
+    own = facts.regimes  # an external program has its own clock, whatever is asked for
     return Case(
-        backend=backend,
+        backend=facts.name,
         variant=variant.name if variant else "",
         mode=mode,
         shape=shape,
