@@ -378,24 +378,3 @@ def why_not(facts: Facts, case: Case) -> str | None:
         if name not in facts.knobs:
             return f"{facts.name} has no knob {name!r}; it has {', '.join(facts.knobs) or 'none'}"
     return None
-
-
-class MoeOnly:
-    """What every library without collectives would write alike. It declares `facts`, and tells its own limits
-    in `limit`."""
-
-    facts: Facts
-
-    def why_not(self, case: Case) -> str | None:
-        reason = why_not(self.facts, case)
-        if reason is not None:
-            return reason
-        assert isinstance(case.shape, Moe)  # of all others the facts have told
-        return self.limit(case, case.shape)
-
-    def limit(self, case: Case, shape: Moe) -> str | None:
-        """One sentence why the library cannot run what its facts allow, or None."""
-        raise NotImplementedError
-
-    def collective(self, case: Case, shape: Collective) -> CollectiveCall:
-        raise NotImplementedError(f"{self.facts.name} has no collectives")

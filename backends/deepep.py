@@ -27,7 +27,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..runtime.types import Case, Moe
-from . import _deepep, base
+from . import _deepep
+from ._moe_only import MoeOnly
 from .base import Context, Facts, Received, Source, Variant
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ FACTS = Facts(
 )
 
 
-class Backend(base.MoeOnly):
+class Backend(MoeOnly):
     facts = FACTS
 
     def limit(self, case: Case, shape: Moe) -> str | None:

@@ -17,8 +17,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.types import Case, Moe
-from . import _deepep, _deepep_buffer, base
+from . import _deepep, _deepep_buffer
 from ._deepep_buffer import Cached, LowLatency, Made, Normal, ll_capacity
+from ._moe_only import MoeOnly
 from .base import Context, Facts, Recipe, Source
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ FACTS = Facts(
 )
 
 
-class Backend(base.MoeOnly):
+class Backend(MoeOnly):
     facts = FACTS
 
     def limit(self, case: Case, shape: Moe) -> str | None:

@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..runtime.types import Case, Moe
-from . import base
+from ._moe_only import MoeOnly
 from .base import Context, Facts, MissingLibrary, Received, Recipe, Source, Variant
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ FACTS = Facts(
 )
 
 
-class Backend(base.MoeOnly):
+class Backend(MoeOnly):
     facts = FACTS
 
     def __init__(self) -> None:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..runtime.types import Case, Moe
 from . import _mori_versions as versions
-from . import base
+from ._moe_only import MoeOnly
 from .base import Context, Facts, MissingLibrary, Recipe, Source, Variant
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _kernels() -> Mapping[str, Kernel]:
     }
 
 
-class Backend(base.MoeOnly):
+class Backend(MoeOnly):
     facts = FACTS
 
     def limit(self, case: Case, shape: Moe) -> str | None:

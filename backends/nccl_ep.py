@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..runtime.types import Case, Moe
 from . import base
+from ._moe_only import MoeOnly
 from .base import Context, Facts, MissingLibrary, Recipe, Source, Variant
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ FACTS = Facts(
 )
 
 
-class Backend(base.MoeOnly):
+class Backend(MoeOnly):
     facts = FACTS
 
     def limit(self, case: Case, shape: Moe) -> str | None:

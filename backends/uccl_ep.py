@@ -29,8 +29,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.types import Case, Moe
-from . import _deepep, _deepep_buffer, base
+from . import _deepep, _deepep_buffer
 from ._deepep_buffer import Cached, LowLatency, Made, Normal, ll_capacity
+from ._moe_only import MoeOnly
 from .base import Context, Facts, MissingLibrary, Recipe, Source
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ FACTS = Facts(
 )
 
 
-class Backend(base.MoeOnly):
+class Backend(MoeOnly):
     facts = FACTS
 
     def __init__(self) -> None:

@@ -12,53 +12,20 @@ GPU, whose processes are one MPI program; see together.py. Standard library only
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..backends.base import Answer, Ended, MissingLibrary, Program, Start
 from . import environment, machine, program_record
-from .document import Place
 from .heartbeat import Heartbeat
-from .launched import RankEnvironment
 from .program_record import Run, Site
 from .scrub import scrub
 from .supervise import GRACE_S, Watch
 from .terminal import Follow, Process
-from .types import Case, Cell, Status, case_from_json
+from .types import Case, Cell, Status
 
-TOLD_TO_END = 143
 SLACK_S = 4 * GRACE_S  # the supervisor's deadline comes after ours, which has to end the process first
-
-
-def run(
-    program: Program, cases: Mapping[str, Any], where: RankEnvironment, heart: Heartbeat, out: Path
-) -> int:
-    """Every cell of a cases document to a record. Returns the exit code of this runner.
-
-    Raises SystemExit when told to end (SIGTERM), after ending the process; cells without a record are then
-    the supervisor's to account for.
-    """
-    from .together import Together
-
-    signal.signal(signal.SIGTERM, _told_to_end)
-    cells = [Cell(case_from_json(c["case"]), c["run"]) for c in cases["cells"]]
-    positions = {cell.id: c["position"] for cell, c in zip(cells, cases["cells"], strict=True)}
-    place = Place.told(cases["place"])
-    site = Site(out, place, positions, Path(cases["key_file"]).read_text(), cases.get("image"))
-    by_case = {cell.case: cell for cell in cells}
-    if where.nodes == 1:
-        Runner(program, site, heart, by_case).run()
-        return 0
-    together = Together(program, site, heart, by_case)
-    return together.lead(where.world_size) if where.rank == 0 else together.follow()
-
-
-def _told_to_end(number: int, frame: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(TOLD_TO_END)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from .oracle import check_collective
 from .types import Case, Check, Collective
 
 if TYPE_CHECKING:
-    from .worker import Session
+    from .session import Session
 
 
 def measure_collective(session: Session, case: Case, shape: Collective) -> Outcome:

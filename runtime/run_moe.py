@@ -16,7 +16,7 @@ from .problem import MoeProblem
 from .types import Case, Check, Moe
 
 if TYPE_CHECKING:
-    from .worker import Session
+    from .session import Session
 
 
 def measure_moe(session: Session, case: Case, shape: Moe) -> Outcome:

@@ -14,44 +14,25 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from ..backends.base import Context, Library, MissingLibrary, Program
-from . import document, domains, environment, nvml, program, provenance, registry
+from . import document, domains, environment, nvml, programs, provenance, registry
 from .device import CpuDevice, Device, GpuDevice, ManualDevice
 from .document import Outcome, Place
 from .errors import InfraError, UserError
 from .heartbeat import Heartbeat
 from .limits import beats_limit, may_reduce_in_network
-from .measure import Bench
 from .ranks import Ranks, TorchRanks
+from .session import Session
 from .supervise import PORT_TAKEN
-from .types import CASES_SCHEMA, CONTRACT, Case, Cell, Check, Collective, Moe, Status, case_from_json
+from .types import CASES_SCHEMA, CONTRACT, Cell, Check, Collective, Moe, Status, case_from_json
 from .writing import write_json, write_samples
 
 RENDEZVOUS_TIMEOUT_S = 300
-
-
-@dataclass
-class Session:
-    """One rank's view of the group: everything that cells share."""
-
-    ranks: Ranks
-    device: Device
-    backend: Library
-    place: Place
-    align: Callable[[], None]
-    beat: Callable[[str, int], None]
-    key: str
-    out: Path
-    provenance: dict[str, Any]
-    setup_seconds: dict[str, float]
-
-    def bench(self, case: Case) -> Bench:
-        return Bench(self.device, self.ranks, case.sampling, self.align, self.beat)
 
 
 def command(args: argparse.Namespace) -> int:
@@ -72,7 +53,7 @@ def command(args: argparse.Namespace) -> int:
     try:
         backend = registry.load(cases["backend"])
         if isinstance(backend, Program):
-            return program.run(backend, cases, where, heart, Path(args.out))
+            return programs.run(backend, cases, where, heart, Path(args.out))
         session = set_up(cases, backend, where, heart, Path(args.out), began)
     except SystemExit:  # a runner of programs that was told to end
         raise

@@ -14,8 +14,8 @@ from collectivex.runtime.device import ManualDevice
 from collectivex.runtime.document import Place
 from collectivex.runtime.ranks import run_threads
 from collectivex.runtime.run_moe import measure_moe
+from collectivex.runtime.session import Session
 from collectivex.runtime.types import Sampling, Series
-from collectivex.runtime.worker import Session
 
 SAMPLING = Sampling(1, 0.0, 1, 2, 4, 1, 1, checked_calls=4, budget_s=60)
 
