@@ -143,6 +143,18 @@ def test_two_series_are_added_sample_by_sample(tmp_path: Path) -> None:
     assert total.ours.gbps == pytest.approx(2 * 1024 * 14336 / 66 / 1e3)
 
 
+def test_a_row_names_its_variant_where_one_output_stands_beside_two(tmp_path: Path) -> None:
+    """MSCCL++ throughput: rows of ours that the library copies first, and rows combined where they came."""
+    put(tmp_path, "mscclpp_throughput")
+    floors = {(f"{part}_floor", "chained"): [[560.0]] * 4 for part in ("dispatch", "combine")}
+    names = ("throughput-in-place", "throughput")
+    cases = [factory.moe_case(4096, backend="mscclpp_ep", variant=name, mode="cached") for name in names]
+    write_ours(tmp_path / "ours", dict.fromkeys(cases, floors))
+    found = fidelity.compare(tmp_path)
+    shown = [fidelity.cells(one)[1] for one in found.compared]
+    assert [text.split()[0] for text in shown] == [names[0]] * 3 + [names[1]] * 3
+
+
 def test_a_known_difference_does_not_explain_any_ratio(tmp_path: Path) -> None:
     """Dispatch takes 320 us in ours, ten times theirs: cold L2 is not the reason, and somebody must look."""
     put(tmp_path, "deepep_low_latency")
