@@ -8,11 +8,10 @@ is no answer, `timeout` where it did not come.
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..runtime import stats
+from ..runtime import stats, supervise
 from ..runtime.bandwidth import ALIGN, bus_factor, collective_counts
 from ..runtime.types import Case, Check, Collective, Series, Status
 from ._tests_output import Report, Row, Unreadable, read_json, read_text
@@ -129,12 +128,8 @@ def _broken(sweep: Sweep, report: Report, ended: Ended) -> dict[Case, Answer]:
 
 def exit_text(code: int) -> str:
     """How a process ended, in words. Codes above 4 mean different things in different versions."""
-    if code < 0:
-        try:
-            return f"was killed by {signal.Signals(-code).name}"
-        except ValueError:
-            return f"was killed by signal {-code}"
-    return f"exited with {code}" + (f" ({EXITS[code]})" if code in EXITS else "")
+    ended = supervise.exit_text(code)
+    return f"was {ended}" if code < 0 else ended + (f" ({EXITS[code]})" if code in EXITS else "")
 
 
 def _because(report: Report) -> str:

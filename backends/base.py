@@ -359,21 +359,21 @@ class MissingLibrary(Exception):
 
 def why_not(facts: Facts, case: Case) -> str | None:
     """The reasons that follow from the declared facts alone; a backend adds its own limits after these."""
+    shape = case.shape
     if case.family not in facts.families:
         return f"{facts.name} has no {case.family} operations"
     variant = facts.variant(case)
     if variant is None:
         have = sorted({f"{v.mode}/{v.name}" for v in facts.variants if v.family == case.family})
         return f"{facts.name} has no {case.mode}/{case.variant}; it has {', '.join(have)}"
-    if case.shape.dtype not in variant.dtypes:
-        return f"{facts.name} {variant.name} has no {case.shape.dtype}; it has {', '.join(variant.dtypes)}"
-    if isinstance(case.shape, Collective) and case.shape.op not in variant.ops:
-        return f"{facts.name} has no {case.mode} {case.shape.op}"
-    shape = case.shape
+    if shape.dtype not in variant.dtypes:
+        return f"{facts.name} {variant.name} has no {shape.dtype}; it has {', '.join(variant.dtypes)}"
+    if isinstance(shape, Collective) and shape.op not in variant.ops:
+        return f"{facts.name} has no {case.mode} {shape.op}"
     if isinstance(shape, Collective) and shape.op == "all_to_all_v" and shape.bytes < ALIGN * case.ranks:
         return f"all_to_all_v rounds shares down to {ALIGN} bytes: nothing is left of {shape.bytes} bytes"
-    if isinstance(case.shape, Moe) and case.shape.experts % case.ranks:
-        return f"{case.shape.experts} experts cannot be divided over {case.ranks} ranks"
+    if isinstance(shape, Moe) and shape.experts % case.ranks:
+        return f"{shape.experts} experts cannot be divided over {case.ranks} ranks"
     for name, _ in case.knobs:
         if name not in facts.knobs:
             return f"{facts.name} has no knob {name!r}; it has {', '.join(facts.knobs) or 'none'}"

@@ -48,8 +48,10 @@ _FAN_OUT = "pick slots, quantise (fp8), send each row once per rank, wait, fan o
 _BY_RANK = "write each row once per rank with its ids and weights, wait, counts"
 _LOCAL = "weigh and sum each rank's picks, one cast to bf16, send, wait, float32 sum over ranks, one cast"
 _DIRECT = "send every pick's row, wait, weighted float32 sum, one cast"
-_THROUGHPUT = "layout, exchange of counts, wait of the host for them, host all-gather, rows"
-_KNOWN = "publish the known prefix, rows; layout and metadata known"
+_THROUGHPUT = {
+    "normal": "layout, exchange of counts, wait of the host for them, host all-gather, rows",
+    "cached": "publish the known prefix, rows; layout and metadata known",
+}
 _IN_POOL = "wait, fetch, float32 sum over ranks, one cast; weights too"
 _POOL = "copy of the staged rows into the pool, wait, fetch, float32 sum over ranks, one cast; weights too"
 
@@ -57,6 +59,10 @@ _POOL = "copy of the staged rows into the pool, wait, fetch, float32 sum over ra
 def _latency(name: str, there: str, back: str, dtypes: tuple[str, ...], **model: Any) -> Variant:
     window = {"dispatch": there, "combine": back}
     return Variant(name, "low-latency", dtypes, window, **{"graph_safe": True, **model})
+
+
+def _throughput(name: str, mode: str, back: str, **model: Any) -> Variant:
+    return Variant(name, mode, ("bf16",), {"dispatch": _THROUGHPUT[mode], "combine": back}, **model)
 
 
 FACTS = Facts(
@@ -122,33 +128,10 @@ FACTS = Facts(
             layout="token-expert",
             combine="expert-sum",
         ),
-        Variant(
-            "throughput",
-            "normal",
-            ("bf16",),
-            {"dispatch": _THROUGHPUT, "combine": _POOL},
-        ),
-        Variant(
-            "throughput",
-            "cached",
-            ("bf16",),
-            {"dispatch": _KNOWN, "combine": _POOL},
-        ),
-        Variant(
-            "throughput-in-place",
-            "normal",
-            ("bf16",),
-            {"dispatch": _THROUGHPUT, "combine": _IN_POOL},
-            in_place=True,
-        ),
-        Variant(
-            "throughput-in-place",
-            "cached",
-            ("bf16",),
-            {"dispatch": _KNOWN, "combine": _IN_POOL},
-            in_place=True,
-            graph_safe=True,
-        ),
+        _throughput("throughput", "normal", _POOL),
+        _throughput("throughput", "cached", _POOL),
+        _throughput("throughput-in-place", "normal", _IN_POOL, in_place=True),
+        _throughput("throughput-in-place", "cached", _IN_POOL, in_place=True, graph_safe=True),
     ),
     env={"MSCCLPP_FORCE_DISABLE_NVLS": "1"},
     knobs=("num_blocks",),

@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..runtime import environment
-from ..runtime.bandwidth import ALIGN
+from ..runtime.bandwidth import ALIGN, SHARED_OUT
 from ..runtime.types import COLLECTIVE_OPS, DTYPE_BYTES, PROGRAM_OPS, Case, Collective
 from . import _tests_verdict, base
 from ._tests_output import Unreadable, rows_in, without_private
@@ -198,8 +198,7 @@ def geometric(sizes: Sequence[int]) -> list[list[int]]:
 
 def least_bytes(op: str, dtype: str, ranks: int) -> int:
     """The smallest S that moves anything: an element, or 16 bytes for each rank where S is shared out."""
-    whole = op in ("all_reduce", "broadcast", "reduce", "sendrecv")
-    return DTYPE_BYTES[dtype] if whole else ALIGN * ranks
+    return ALIGN * ranks if op in SHARED_OUT else DTYPE_BYTES[dtype]
 
 
 def find(program: str, mpi: bool, environ: Mapping[str, str]) -> str:

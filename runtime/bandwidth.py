@@ -31,9 +31,10 @@ _FLASHINFER_PICK = 8  # FlashInfer's counts an int32 id and a float32 weight wit
 Document = Mapping[str, Any]
 PerRank = Callable[[Document, str], "list[float] | None"]
 
+# Operations whose S is shared out over the ranks, and whose busbw is therefore (n-1)/n of their algbw.
 # nccl-tests has this factor for all_to_all_v too, though its S has no share of the rank's own. Both its algbw
 # and its busbw of hypercube are S (n-1)/n over the time.
-_SHARED_OUT = (
+SHARED_OUT = (
     *("all_gather", "reduce_scatter", "all_to_all"),
     *("gather", "scatter", "all_to_all_v", "hypercube"),
 )
@@ -185,7 +186,7 @@ def bus_factor(op: str, ranks: int) -> float:
     """busbw / algbw: what a rank's link must carry, at least, for each byte of S (nccl-tests)."""
     if op == "all_reduce":
         return 2 * (ranks - 1) / ranks
-    if op in _SHARED_OUT:
+    if op in SHARED_OUT:
         return (ranks - 1) / ranks
     if op in ("broadcast", "reduce", "sendrecv"):
         return 1.0

@@ -12,8 +12,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from . import domains
+from .limits import beats_limit, may_reduce_in_network
 from .stats import reduce_ranks, rounded, summarise
 from .types import CONTRACT, RESULT_SCHEMA, Case, Cell, Check, Series, Status, case_to_json, comparison_key
+
+Measured = tuple[Series, Sequence[Sequence[float]]]  # with the samples of every rank, microseconds
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def empty(
         "first_call_us": None,
         "bytes": None,
         "routing_proof": None,
-        "knobs": {name: {"requested": value, "realised": None} for name, value in case.knobs},
+        "knobs": knobs(dict(case.knobs), {}),
         "backend": _backend(case, facts, place.device),
         "timing_split": {},
         "provenance": None,
@@ -166,6 +169,30 @@ def sidecar_entry(series: Series, per_rank: Sequence[Sequence[float]]) -> dict[s
         "per_sample": series.per_sample,
         "per_rank_us": [[rounded(value) for value in samples] for samples in per_rank],
     }
+
+
+def knobs(asked: Mapping[str, Any], realised: Mapping[str, Any]) -> dict[str, Any]:
+    """What was requested beside what the library used, of everything that either names."""
+    names = {**asked, **realised}
+    return {name: {"requested": asked.get(name), "realised": realised.get(name)} for name in names}
+
+
+def not_applied(result: Mapping[str, Any]) -> list[str]:
+    """The knobs of a result that were asked for and that the library did not use as asked."""
+    return [n for n, k in result["knobs"].items() if k["requested"] not in (None, k["realised"])]
+
+
+def measure(
+    result: dict[str, Any], case: Case, place: Place, found: Sequence[Measured], settings: Mapping[str, str]
+) -> None:
+    """Put the measurements into a result that has its bytes. One that beats a physical limit is implausible.
+
+    settings   of the communication, as provenance carries them
+    """
+    result["measurements"] = [measurement(case, place.topology_class, *one) for one in found]
+    reason = beats_limit(result, may_reduce_in_network(settings))
+    if reason is not None:
+        result["status"], result["reason"] = str(Status.IMPLAUSIBLE), reason
 
 
 def correctness(checks: Sequence[Check]) -> dict[str, Any]:

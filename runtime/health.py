@@ -24,8 +24,8 @@ from .errors import InfraError
 from .smi import number
 
 # What slows a GPU for a reason that is not its own work. A power cap under load is normal.
-THROTTLED = {bit: name for bit, name in smi.THROTTLE.items() if name in smi.SLOWED and name != "power-cap"}
 NORMAL = ("power-cap",)
+THROTTLED = {bit: name for bit, name in smi.THROTTLE.items() if name in smi.SLOWED and name not in NORMAL}
 USED_GIB = 2.0  # above this, somebody else's work is still there
 _NVIDIA = ("index", "name", "memory.used", "memory.total", "clocks_event_reasons.active")
 

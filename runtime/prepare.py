@@ -46,6 +46,6 @@ def command(args: argparse.Namespace) -> int:
 def here(wanted: Sequence[Facts], arch: str | None, force: bool) -> int:
     """Into the folder of this machine, with this Python."""
     for facts in wanted:
-        place = Place(environment.libraries_dir(), arch, environment.cache_dir() / "jit", force)
+        place = Place(environment.libraries_dir(), arch, force=force)
         print(install.told(facts.name, install.prepare(facts, place)))
     return 0

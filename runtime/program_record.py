@@ -13,7 +13,6 @@ from typing import Any
 from ..backends.base import Answer, Ended, Program, Start
 from . import document, environment, provenance
 from .document import Place
-from .limits import beats_limit, may_reduce_in_network
 from .scrub import scrub
 from .types import Cell, Status
 from .writing import write_bytes, write_json, write_samples
@@ -103,25 +102,16 @@ def result_of(cell: Cell, answer: Answer, run: Run, program: Program, site: Site
     result["provenance"] = _provenance(answer, run, program, site)
     result["warnings"] = [scrub(warning) for warning in answer.warnings]
     result["warnings"] += provenance.findings({"clocks": run.clocks})
-    asked = dict(case.knobs)
-    result["knobs"] = {
-        name: {"requested": asked.get(name), "realised": answer.realised.get(name)}
-        for name in {**asked, **answer.realised}
-    }
-    unlike = [n for n, k in result["knobs"].items() if k["requested"] not in (None, k["realised"])]
+    result["knobs"] = document.knobs(dict(case.knobs), answer.realised)
+    unlike = document.not_applied(result)
     if answer.status is Status.OK and (unlike or not result["correctness"]["passed"]):
         why = f"{unlike[0]}: was not applied as asked" if unlike else "nothing was checked"
         result["status"], result["reason"] = str(Status.INCORRECT), why
     if result["status"] != str(Status.OK):
         return result
-    result["measurements"] = [
-        document.measurement(case, place.topology_class, series, [series.samples_us])
-        for series in answer.series
-    ]
-    reason = beats_limit(result, may_reduce_in_network(result["provenance"]["environment"]))
-    if reason is not None:
-        result["status"], result["reason"] = str(Status.IMPLAUSIBLE), reason
-    entries = [document.sidecar_entry(series, [series.samples_us]) for series in answer.series]
+    found = [(series, [series.samples_us]) for series in answer.series]
+    document.measure(result, case, place, found, result["provenance"]["environment"])
+    entries = [document.sidecar_entry(*one) for one in found]
     result["samples"] = write_samples(site.out, cell.id, entries)
     return result
 

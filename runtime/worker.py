@@ -25,7 +25,6 @@ from .device import CpuDevice, Device, GpuDevice, ManualDevice
 from .document import Outcome, Place
 from .errors import InfraError, UserError
 from .heartbeat import Heartbeat
-from .limits import beats_limit, may_reduce_in_network
 from .ranks import Ranks, TorchRanks
 from .session import Session
 from .supervise import PORT_TAKEN
@@ -225,7 +224,7 @@ def build_result(session: Session, cell: Cell, position: int, outcome: Outcome) 
     """Gather the samples of all ranks, reduce, and decide the status. Collective."""
     facts = session.backend.facts
     checks = merge_checks(session.ranks, outcome.checks)
-    per_rank = {(s.component, s.regime): session.ranks.all_gather(s.samples_us) for s in outcome.series}
+    found = [(s, session.ranks.all_gather(s.samples_us)) for s in outcome.series]
     result = document.empty(cell, session.place, Status.OK, None, position, facts)
     result["correctness"] = document.correctness(checks)
     result["first_call_us"] = outcome.first_call_us
@@ -233,16 +232,9 @@ def build_result(session: Session, cell: Cell, position: int, outcome: Outcome) 
     result["routing_proof"] = outcome.routing_proof
     result["warnings"] = outcome.warnings
     result["timing_split"] = {k: round(v, 4) for k, v in {**session.setup_seconds, **outcome.seconds}.items()}
-    result["knobs"] = {
-        name: {"requested": dict(cell.case.knobs).get(name), "realised": outcome.realised.get(name)}
-        for name in {**dict(cell.case.knobs), **outcome.realised}
-    }
+    result["knobs"] = document.knobs(dict(cell.case.knobs), outcome.realised)
     wrong = [c for c in checks if not c.passed]
-    unlike = [
-        n
-        for n, k in result["knobs"].items()
-        if k["requested"] is not None and k["requested"] != k["realised"]
-    ]
+    unlike = document.not_applied(result)
     if wrong or not checks:
         result["status"] = str(Status.INCORRECT)
         result["reason"] = (
@@ -254,16 +246,9 @@ def build_result(session: Session, cell: Cell, position: int, outcome: Outcome) 
         result["status"] = str(Status.INCORRECT)
         result["reason"] = f"{unlike[0]}: asked for {knob['requested']}, the library used {knob['realised']}"
         return result
-    result["measurements"] = [
-        document.measurement(cell.case, session.place.topology_class, s, per_rank[s.component, s.regime])
-        for s in outcome.series
-    ]
-    in_network = may_reduce_in_network(session.provenance["environment"])
-    reason = beats_limit(result, in_network)
-    if reason is not None:
-        result["status"], result["reason"] = str(Status.IMPLAUSIBLE), reason
+    document.measure(result, cell.case, session.place, found, session.provenance["environment"])
     if session.ranks.rank == 0:
-        entries = [document.sidecar_entry(s, per_rank[s.component, s.regime]) for s in outcome.series]
+        entries = [document.sidecar_entry(*one) for one in found]
         result["samples"] = write_samples(session.out, cell.id, entries)
     return result
 

@@ -33,19 +33,24 @@ deadline_s: {deadline}
 sampling: {{warmup_iterations: 1, warmup_s: 0, trials: 2, iterations: 4}}
 groups:
   - family: collective
-    backends: [cpu_tests]
+    backends: [{backend}]
     ops: [all_reduce]
     dtypes: [float32]
     sizes: [1KiB, 4KiB, 16KiB]
     modes: [out-of-place]
-    regimes: [fresh, chained]
+    regimes: [{regimes}]
 """
 
 
+def suite(backend: str, regimes: str = "fresh, chained", deadline: int = 2) -> str:
+    """The text of a suite with a cell for 1 KiB, 4 KiB and 16 KiB, which one process measures."""
+    return SUITE.format(backend=backend, regimes=regimes, deadline=deadline)
+
+
 def write_suite(folder: Path, deadline: int = 2) -> str:
-    """Path of a suite with a cell for 1 KiB, 4 KiB and 16 KiB, which one process measures."""
+    """Path of that suite for the backend of these pools."""
     path = folder / "sweep.yaml"
-    path.write_text(SUITE.format(deadline=deadline))
+    path.write_text(suite("cpu_tests", deadline=deadline))
     return str(path)
 
 

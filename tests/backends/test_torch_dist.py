@@ -20,15 +20,19 @@ from collectivex.runtime.processes import worker_command
 from collectivex.runtime.ranks import ThreadRanks
 from collectivex.runtime.types import COLLECTIVE_OPS, PROGRAM_OPS, Case, Collective, Moe
 
-SUITE = """\
+HEAD = """\
 schema: collectivex.suite.v1
-name: gloo
-description: every path of torch_dist, small
+name: {}
+description: {}
 runs: 1
 order: declared
 deadline_s: 60
-sampling: {warmup_iterations: 1, warmup_s: 0, trials: 1, iterations: 2, chain_blocks: 4, chain_block: 1}
+sampling: {{warmup_iterations: 1, warmup_s: 0, trials: 1, iterations: 2, chain_blocks: 4, chain_block: 1}}
 groups:
+"""
+SUITE = (
+    HEAD.format("gloo", "every path of torch_dist, small")
+    + """\
   - family: collective
     ops: [all_reduce, all_gather, reduce_scatter, all_to_all, broadcast, reduce, sendrecv]
     dtypes: [float32, bfloat16, float16]
@@ -53,6 +57,7 @@ groups:
     regimes: [fresh, chained]
     sampling: {checked_calls: 5}
 """
+)
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
@@ -82,15 +87,9 @@ def test_every_operation_is_right_at_every_size_spread_and_dtype(run) -> None:
     assert 7 * 3 * 3 + 2 + 2 * 2 * 3 * 3 == len(records)
 
 
-UNEVEN = """\
-schema: collectivex.suite.v1
-name: uneven
-description: what has a root or split sizes
-runs: 1
-order: declared
-deadline_s: 60
-sampling: {warmup_iterations: 1, warmup_s: 0, trials: 1, iterations: 2, chain_blocks: 4, chain_block: 1}
-groups:
+UNEVEN = (
+    HEAD.format("uneven", "what has a root or split sizes")
+    + """\
   - family: collective
     ops: [gather, scatter, all_to_all_v]
     dtypes: [float32, bfloat16, float16]
@@ -98,6 +97,7 @@ groups:
     modes: [out-of-place]
     regimes: [fresh, chained]
 """
+)
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3, 4])

@@ -18,6 +18,7 @@ from typing import Any
 
 import fault_cells
 import nccl_tests_bin as fakes
+import program_pool
 import pytest
 from fault_cells import until
 
@@ -46,23 +47,7 @@ env: {NCCL_NVLS_ENABLE: "0"}
 refuse: []
 limits: []
 """
-SUITE = """\
-schema: collectivex.suite.v1
-name: sweep
-description: a small sweep
-runs: 1
-order: declared
-deadline_s: 2
-sampling: {warmup_iterations: 1, warmup_s: 0, trials: 2, iterations: 4}
-groups:
-  - family: collective
-    backends: [nccl_tests]
-    ops: [all_reduce]
-    dtypes: [float32]
-    sizes: [1KiB, 4KiB, 16KiB]
-    modes: [out-of-place]
-    regimes: [fresh, chained, graph]
-"""
+SUITE = program_pool.suite("nccl_tests", "fresh, chained, graph")
 
 
 def command(folder: Path) -> list[str]:
