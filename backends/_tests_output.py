@@ -52,8 +52,10 @@ class Row:
 
     @property
     def facts(self) -> tuple[Any, ...]:
-        """What the text and the JSON of one run must agree on exactly."""
-        return self.size, self.dtype, self.redop, *((p, t.wrong) for p, t in sorted(self.at.items()))
+        """What the text and the JSON of one run must agree on exactly: counts of wrong elements as the text
+        has them, with six digits."""
+        wrong = ((p, None if t.wrong is None else f"{t.wrong:g}") for p, t in sorted(self.at.items()))
+        return self.size, self.dtype, self.redop, *wrong
 
 
 @dataclass

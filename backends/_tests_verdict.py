@@ -38,6 +38,7 @@ class Sweep:
     cycles: int
     checks: int
     each: bool
+    threads: int
     processes: int
     document: str | None
 
@@ -46,6 +47,7 @@ class Sweep:
         said = dict(zip(start.argv, start.argv[1:], strict=False))
         shape = start.cases[0].shape
         assert isinstance(shape, Collective)
+        threads = int(said.get("-t", "1"))
         return cls(
             cases=start.cases,
             sizes=tuple(sorted({_size(case) for case in start.cases})),
@@ -55,7 +57,8 @@ class Sweep:
             cycles=int(said.get("-N", "1")),
             checks=int(said["-c"]),
             each=said.get("-I") == "1",
-            processes=start.cases[0].ranks // int(said["-g"]),
+            threads=threads,
+            processes=start.cases[0].ranks // (threads * int(said["-g"])),
             document=start.output,
         )
 
@@ -196,8 +199,9 @@ def _other_than_asked(sweep: Sweep, report: Report) -> Problem | None:
         return Status.INCORRECT, f"asked for {sweep.ranks} ranks, {sweep.program} ran with {report.ranks}"
     if report.cputime:
         return Status.INCORRECT, "the time column is that of launching (-C), not of the operation"
-    asked = {"nGpus": sweep.ranks // sweep.processes, "iters": sweep.iterations, "validation": sweep.checks}
-    for name, value in {**asked, "nThread": 1, "agg iters": 1, "graph": 0}.items():
+    asked = {"nThread": sweep.threads, "nGpus": sweep.ranks // (sweep.processes * sweep.threads)}
+    asked |= {"iters": sweep.iterations, "validation": sweep.checks, "agg iters": 1, "graph": 0}
+    for name, value in asked.items():
         if report.settings.get(name, value) != value:
             return (
                 Status.INCORRECT,
@@ -214,7 +218,7 @@ def _contradiction(sweep: Sweep, report: Report, rows: Sequence[Row], returncode
     if passed != (count == 0):
         return Status.INCORRECT, f"the footer calls {count} failed checks {'OK' if passed else 'FAILED'}"
     # A thread counts once for each placement of a row that failed on its GPUs; with MPI every process does.
-    if not bad <= count <= bad * sweep.processes:
+    if not bad <= count <= bad * sweep.processes * sweep.threads:
         return Status.INCORRECT, f"the footer counts {count} failed checks, the rows show {bad}"
     if returncode != 0 and not count:
         told = f"{sweep.program} {exit_text(returncode)} although its checks passed{_because(report)}"

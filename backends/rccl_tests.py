@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime import environment
-from ..runtime.types import Case, Collective, Status
+from ..runtime.types import COLLECTIVE_OPS, PROGRAM_OPS, Case, Collective, Status
 from . import _tests_verdict, nccl_tests
 from ._tests_output import Row, Unreadable, read_text, without_private
 from .base import Answer, Ended, Facts, MissingLibrary, Source, Start, Variant
-from .nccl_tests import DTYPES, NEEDED, OPS, PROGRAMS
+from .nccl_tests import DTYPES, HYPERCUBE_WINDOW, NEEDED, PROGRAMS
 
 # What we mean by a letter. A binary whose usage calls it otherwise does not get it.
 MEANINGS = {
@@ -46,9 +46,9 @@ EXTRAS = {"E": ("rotating_tensor", 0), "F": ("cache_flush", 0)}
 ONLY_RCCL = frozenset({"cumask", "memory_type", "cache_flush", "rotating_tensor"})
 _WINDOW = {
     "call": "n calls issued by one host thread for all GPUs of a process and the final wait, on the host's "
-    "clock, over n; out of place without a local copy (hypercube: with one of the own share); always the "
-    "same buffers"
+    "clock, over n; out of place without a local copy; always the same buffers"
 }
+_HYPERCUBE_WINDOW = {"call": f"{HYPERCUBE_WINDOW['call']}; always the same buffers"}
 
 FACTS = Facts(
     name="rccl_tests",
@@ -61,8 +61,9 @@ FACTS = Facts(
     ),
     devices=("hip",),
     variants=tuple(
-        Variant("", mode, tuple(DTYPES), _WINDOW, family="collective", ops=OPS)
+        Variant("", mode, tuple(DTYPES), window, family="collective", ops=ops)
         for mode in ("out-of-place", "in-place")
+        for ops, window in ((COLLECTIVE_OPS, _WINDOW), (PROGRAM_OPS, _HYPERCUBE_WINDOW))
     ),
     knobs=("sweep", "mpi"),
     regimes=("loop",),

@@ -64,7 +64,6 @@ FACTS = Facts(
             family="collective",
             ops=_UNEVEN,
             graph_safe=True,
-            validated=("cpu",),
         ),
         Variant(
             "",

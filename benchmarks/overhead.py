@@ -3,10 +3,16 @@
     python benchmarks/overhead.py --ranks 4          GPUs when there are any, else gloo on CPU
 
 The bare loop is what one would write by hand: warm up, one mark, N calls, one mark. Each round is bare,
-harness, bare, in the same processes over the same buffers, and gives a ratio of means: harness over what lies
-around it. So a host that drifts drifts for both; `control`, the last bare loop over the first, says by how
-much the same loop differs from itself.
-Target on GPUs: the ratio within 2 % of 1; the interval says whether this run could tell.
+harness, bare, marked, bare, in the same processes over the same buffers. All that the harness puts into its
+loop is a mark behind each block of calls; `marked` is that loop with a mark behind every single call.
+
+  ratio     harness over the bare loops on either side of it. It has whatever the host did in the meantime
+  control   the second of these bare loops over the first: by how much the same loop differs from itself
+  mark_us   what a mark costs the loop: marked less the bare loops on either side of it
+  added     1 + mark_us over the length of a block: the same ratio, found without the noise of a busy host,
+            which divides by the number of calls in a block as the mark does
+
+Target on GPUs: both within 2 % of 1; the intervals say whether this run could tell.
 Not a test: a timed test fails for reasons that are nobody's fault.
 """
 
@@ -28,7 +34,7 @@ from collectivex.runtime import stats  # noqa: E402
 from collectivex.runtime.types import Case, Collective, Moe, Sampling  # noqa: E402
 
 SAMPLING = Sampling(trials=1, chain_blocks=6, chain_block=8)
-ROUNDS = 100  # short and many
+ROUNDS = 60  # short and many
 
 
 def cases(ranks: int, gpu: bool) -> list[Case]:
@@ -50,18 +56,25 @@ def median_of(ratios: list[float]) -> tuple[float, list[float]]:
     return round(statistics.median(ratios), 4), [round(interval[end], 4) for end in ("low", "high")]
 
 
-def compare(rounds: list[tuple[float, float, float]]) -> dict:
-    """`rounds`: microseconds per call of bare loop, harness, bare loop."""
-    ratio, interval = median_of([2 * ours / (first + last) for first, ours, last in rounds])
-    control, around = median_of([last / first for first, _, last in rounds])
-    return {
-        "bare_us": round(statistics.median(us for first, _, last in rounds for us in (first, last)), 2),
-        "harness_us": round(statistics.median(ours for _, ours, _ in rounds), 2),
-        "ratio": ratio,
-        "interval": interval,
-        "control": control,
-        "control_interval": around,
+def compare(rounds: list[tuple[float, float, float, float, float]], block: int) -> dict:
+    """`rounds`: microseconds per call of bare, harness, bare, marked, bare. `block`: calls to a mark."""
+    told = {
+        "bare_us": round(
+            statistics.median(us for first, _, second, _, third in rounds for us in (first, second, third)), 2
+        ),
+        "harness_us": round(statistics.median(ours for _, ours, *_ in rounds), 2),
+        "mark_us": round(
+            statistics.median(marked - (before + after) / 2 for *_, before, marked, after in rounds), 2
+        ),
     }
+    ratios = {
+        "ratio": [2 * ours / (first + second) for first, ours, second, _, _ in rounds],
+        "control": [second / first for first, _, second, _, _ in rounds],
+        "added": [1 + (2 * marked / (before + after) - 1) / block for *_, before, marked, after in rounds],
+    }
+    for name, values in ratios.items():
+        told[name], told[f"{name}_interval"] = median_of(values)
+    return told
 
 
 def rank_main(gpu: bool) -> None:
@@ -70,7 +83,7 @@ def rank_main(gpu: bool) -> None:
     from collectivex.runtime import environment, oracle, routing
     from collectivex.runtime.device import CpuDevice, GpuDevice
     from collectivex.runtime.heartbeat import Heartbeat
-    from collectivex.runtime.measure import DROPPED_BLOCKS, Bench, chained
+    from collectivex.runtime.measure import DROPPED_BLOCKS, Bench, chained, run_chain
     from collectivex.runtime.problem import MoeProblem
     from collectivex.runtime.worker import aligner, join
 
@@ -80,7 +93,7 @@ def rank_main(gpu: bool) -> None:
     ranks, group = join(where, device, heart)
     backend = Backend()
     backend.setup(Context(ranks, device, group))
-    gc.disable()  # for both alike; the harness does it for every chain
+    gc.disable()  # for all alike; the harness does it for every chain
     bench = Bench(device, ranks, SAMPLING, aligner(ranks, device, group), heart.beat)
 
     def harness(call) -> tuple[float, int]:
@@ -102,6 +115,12 @@ def rank_main(gpu: bool) -> None:
         device.synchronize()
         return device.elapsed_us(first, last) / (SAMPLING.chain_blocks * calls)
 
+    def marked(call, calls: int) -> float:
+        """The harness's loop again, as long, with a mark behind every call."""
+        marks = run_chain(bench, call, (DROPPED_BLOCKS + SAMPLING.chain_blocks) * calls, 1)
+        kept = marks[DROPPED_BLOCKS * calls :]
+        return device.elapsed_us(kept[0], kept[-1]) / (len(kept) - 1)
+
     for case in cases(ranks.size, gpu):
         if isinstance(case.shape, Collective):
             call = backend.collective(case, case.shape).run
@@ -122,14 +141,18 @@ def rank_main(gpu: bool) -> None:
         rounds = []
         _, block = harness(call)
         for _ in range(ROUNDS):
-            mine = bare(call, block), harness(call)[0], bare(call, block)
-            first, ours, last = (statistics.median(us) for us in zip(*ranks.all_gather(mine), strict=True))
-            rounds.append((first, ours, last))
+            mine = [
+                bare(call, block),
+                harness(call)[0],
+                bare(call, block),
+                marked(call, block),
+                bare(call, block),
+            ]
+            of_ranks = zip(*ranks.all_gather(mine), strict=True)
+            rounds.append(tuple(statistics.median(us) for us in of_ranks))
         if ranks.rank == 0:
-            name = f"{case.shape.label} {case.mode}"
-            print(
-                json.dumps({"case": name, "ranks": ranks.size, "block": block} | compare(rounds)), flush=True
-            )
+            told = {"case": f"{case.shape.label} {case.mode}", "ranks": ranks.size, "block": block}
+            print(json.dumps(told | compare(rounds, block)), flush=True)
     os._exit(0)
 
 

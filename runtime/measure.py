@@ -132,11 +132,13 @@ def warm_up(bench: Bench, call: Callable[[], Any], phase: str) -> bool:
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
     """No garbage collection while the clock runs: a pause of the interpreter is not the library's."""
+    before = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if before:
+            gc.enable()
 
 
 def fresh(bench: Bench, components: Sequence[Component]) -> list[Series]:
@@ -216,7 +218,7 @@ def chained(
     trials = Trials(bench, sampling.trials, sampling.budget_s)
     for trial in trials:
         bench.beat(f"{regime} {component}", trial)
-        marks = _run_chain(bench, call, sampling.chain_blocks + DROPPED_BLOCKS, calls)
+        marks = run_chain(bench, call, sampling.chain_blocks + DROPPED_BLOCKS, calls)
         kept = marks[DROPPED_BLOCKS:]
         for first, last in zip(kept, kept[1:], strict=False):
             samples.append(device.elapsed_us(first, last) / (calls * turns_per_call))
@@ -232,7 +234,7 @@ def chained(
 
 def _calls_per_block(bench: Bench, call: Callable[[], Any], least: int) -> int:
     """How many calls make a block, from a short chain on rank 0: a power of two times `least`, at most 64."""
-    first, *_, last = _run_chain(bench, call, 2, 8)
+    first, *_, last = run_chain(bench, call, 2, 8)
     block_us = least * bench.device.elapsed_us(first, last) / 16
     calls = least
     while block_us < BLOCK_US and calls < 64 * least:
@@ -240,7 +242,8 @@ def _calls_per_block(bench: Bench, call: Callable[[], Any], least: int) -> int:
     return bench.agree(calls)
 
 
-def _run_chain(bench: Bench, call: Callable[[], Any], blocks: int, block: int) -> list[Mark]:
+def run_chain(bench: Bench, call: Callable[[], Any], blocks: int, block: int) -> list[Mark]:
+    """One mark, then a mark behind each of `blocks` blocks of `block` calls; drained afterwards."""
     device = bench.device
     device.reserve(blocks + 1)
     device.synchronize()

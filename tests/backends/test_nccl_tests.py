@@ -298,14 +298,47 @@ def test_the_uneven_exchange_is_the_one_that_the_program_generates(measure: Call
 
 
 def test_only_what_ran_on_gpus_is_called_validated() -> None:
-    """all_reduce out of place, of which results are published; everything else is contract-only."""
+    """Every program on 2 and 4 GPUs in both placements, but hypercube as it is started since."""
     for op in OPS:
         for mode in MODES["collective"]:
             variant = FACTS.variant(case(op, mode=mode))
             assert variant is not None
             assert (variant.mode, op in variant.ops) == (mode, True)
-            ran = (op, mode) == ("all_reduce", "out-of-place")
+            ran = op != "hypercube"
             assert FACTS.proven("cuda", variant) == ("hardware" if ran else "contract-only")
+
+
+def test_hypercube_gets_a_thread_for_each_gpu(measure: Callable, binaries: Path, tmp_path: Path) -> None:
+    """A thread with several GPUs puts all its steps into one group, and NCCL runs them at once. Over MPI each
+    process has one GPU anyway; threads report the per-iteration times of the first only."""
+    asked = case("hypercube", 1 << 20)
+    assert measure([asked])[asked].status is Status.OK
+    environ = fakes.environ(binaries, "2.19.6")
+    starts = Backend().starts([asked], str(tmp_path), environ)
+    assert [start.argv[1:5] for start in starts] == [("-t", "4", "-g", "1")]
+    over_mpi = nccl_tests.arguments([asked], nccl_tests.NEEDED, 0, True, None)
+    assert over_mpi[:4] == ["-t", "1", "-g", "1"]
+    each = replace(asked, knobs=(("per_iteration", 1),))
+    assert "per-iteration times of the first one only" in str(Backend().why_not(each))
+
+
+def test_wrong_data_of_a_real_run_is_called_incorrect_with_how_much() -> None:
+    """hypercube_perf on 4 x H200 with one thread for all: 15 million wrong elements, which the table prints
+    as 1.52611e+07 and the document in full. They are one statement, not two that contradict each other."""
+    sizes = (16384, 1 << 20, 1 << 26)
+    modes = ("out-of-place", "in-place")
+    cases = [case("hypercube", size, "bfloat16", mode=mode) for size in sizes for mode in modes]
+    argv = ("hypercube_perf", *"-t 1 -g 4 -n 20 -N 2 -c 1".split())
+    document = "/somewhere/hypercube-bfloat16-16384.json"
+    start = Start("x", tuple(cases), argv, output=document)
+    said, exact = (
+        (FIXTURES / f"h200x4-hypercube-one-thread-wrong.{kind}").read_text() for kind in ("txt", "json")
+    )
+    answers = Backend().answers(start, Ended(7, said, exact))
+    assert {answer.status for answer in answers.values()} == {Status.INCORRECT}
+    assert answers[cases[-1]].reason == f"{CHECK}: 29891840 wrong elements in 67108864 bytes in-place"
+    other = Backend().answers(start, Ended(7, said.replace("1.52611", "1.52612"), exact))
+    assert "contradict each other" in str(other[cases[0]].reason)
 
 
 def test_both_placements_of_a_sweep_are_told_apart(measure: Callable) -> None:

@@ -149,12 +149,9 @@ def test_a_plan_names_what_has_never_run_on_such_hardware(capsys: pytest.Capture
 def test_what_has_never_run_is_named_by_operation_where_others_have(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Of nccl_tests only all_reduce out of place has, in place it is named with its mode; of torch_dist all
-    but three. Where none has, the name of the backend says it all."""
+    """Of nccl_tests all but hypercube have. Where none has, the name of the backend says it all."""
     line = said(capsys, "plan", "--suite", "nccl-tests", "--sku", "h200x4-nvlink").splitlines()[-1]
-    never = "all_gather, in-place all_reduce, all_to_all, all_to_all_v, broadcast, gather, hypercube"
-    assert f"such hardware: nccl_tests ({never}, reduce, reduce_scatter, scatter, sendrecv), " in line
-    assert line.endswith(", torch_dist (all_to_all_v, gather, scatter)")
+    assert line.endswith("such hardware: nccl_tests (hypercube)")
     argv = ("plan", "--suite", "collectives-core", "--sku", "mi300x-amds", "--backend", "rccl_tests")
     assert said(capsys, *argv).splitlines()[-1].endswith("such hardware: rccl_tests")
 
@@ -165,10 +162,9 @@ def test_a_backend_whose_variants_differ_by_operation_says_by_which(
     """In a list as in a plan; one that does not differ is not drowned in operations."""
     rows = json.loads(said(capsys, "list", "backends", "--format", "json"))
     ways = {row["backend"]: row["modes/variants"] for row in rows}
-    assert "out-of-place [gather scatter all_to_all_v] (cpu)" in ways["torch_dist"]
-    assert "out-of-place [all_reduce]" in ways["nccl_tests"]
-    assert "in-place (contract-only)" in ways["nccl_tests"]
-    assert ways["rccl_tests"] == ["out-of-place", "in-place"]
+    assert {"out-of-place [gather scatter all_to_all_v]", "in-place"} < set(ways["torch_dist"])
+    assert "out-of-place [hypercube] (contract-only)" in ways["nccl_tests"]
+    assert "out-of-place [hypercube]" in ways["rccl_tests"]
 
 
 def test_table_columns_are_aligned_and_never_cut() -> None:
