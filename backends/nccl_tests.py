@@ -98,8 +98,8 @@ FACTS = Facts(
     ),
     devices=("cuda",),
     variants=(
-        *(_variant(mode, COLLECTIVE_OPS) for mode in ("out-of-place", "in-place")),
-        *(_variant(mode, PROGRAM_OPS, HYPERCUBE_WINDOW, ()) for mode in ("out-of-place", "in-place")),
+        *(_variant(mode, COLLECTIVE_OPS, _WINDOW) for mode in ("out-of-place", "in-place")),
+        *(_variant(mode, PROGRAM_OPS, HYPERCUBE_WINDOW) for mode in ("out-of-place", "in-place")),
     ),
     knobs=("sweep", "per_iteration", "mpi"),
     regimes=("loop",),

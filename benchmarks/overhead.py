@@ -34,7 +34,7 @@ from collectivex.runtime import stats  # noqa: E402
 from collectivex.runtime.types import Case, Collective, Moe, Sampling  # noqa: E402
 
 SAMPLING = Sampling(trials=1, chain_blocks=6, chain_block=8)
-ROUNDS = 60  # short and many
+ROUNDS = 40  # short and many
 
 
 def cases(ranks: int, gpu: bool) -> list[Case]:

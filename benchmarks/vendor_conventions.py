@@ -163,14 +163,16 @@ def _kernel(quantity: str, ours: Ours, component: str, over: str, differs: str) 
     )
 
 
-def _low_latency(name: str, title: str, backend: str, dispatch: str, combine: str) -> Bench:
-    """`dispatch`, `combine`: how their kernel times come about."""
+def _low_latency(
+    name: str, title: str, backend: str, dispatch: str, combine: str, host: str = "", shown: str = _EVENTS
+) -> Bench:
+    """`dispatch`, `combine`: how their kernel times come about; `host`: what makes their pairs longer."""
     ours = Ours(backend, "low-latency", "ll", 128, "fp8")
-    around = f"an event on either side of each pair in theirs; {_MASKED}"
+    around = f"an event on either side of each pair in theirs; {host}{_MASKED}"
     lines = (
         *_kernel("dispatch", ours, "dispatch", MEAN, f"{dispatch}; {_MASKED}"),
         *_kernel("combine", ours, "combine", MEAN, f"{combine}; {_MASKED}"),
-        Line("dispatch + combine", ours, "roundtrip", "chained", MEAN, around, _EVENTS),
+        Line("dispatch + combine", ours, "roundtrip", "chained", MEAN, around, shown),
     )
     return Bench(name, title, "low_latency", "low_latency", lines, 128)
 
@@ -288,10 +290,12 @@ def _nccl_benches() -> Iterator[Bench]:
             clock, shown = "one thread and one host clock for all GPUs in theirs", ""
             if op == "all_reduce":
                 clock, shown = f"{copy}; {clock}", _COPIES
+            itself = ""
             if size == 1 << 20:
                 shown = _HOST  # launching takes longer than the call, with or without a copy
+                itself = "theirs differs from itself by as much"
             lines += [
-                Line(quantity, loop, "call", "loop", "mean of max"),
+                Line(quantity, loop, "call", "loop", "mean of max", itself, _HOST if itself else ""),
                 Line(quantity, torch, "call", "chained", "mean of max", clock, shown),
                 Line(quantity, torch, "call", "graph", "mean of max", f"no graph in theirs; {clock}", shown),
             ]
@@ -335,6 +339,14 @@ BENCHES: tuple[Bench, ...] = (
     _mscclpp_bench("nccl_ep_latency", f"{_MSCCLPP} --backend nccl", _mscclpp_lines(_NCCL_EP, "", "", True)),
     _mscclpp_graph("nccl_ep_latency_graph", f"{_MSCCLPP} --backend nccl --cuda-graph", _NCCL_EP),
     *_flashinfer_benches(),
-    _low_latency("uccl_low_latency", "UCCL ep/bench/test_low_latency.py", "uccl_ep", _CHAINED, _CHAINED),
+    _low_latency(
+        "uccl_low_latency",
+        "UCCL ep/bench/test_low_latency.py",
+        "uccl_ep",
+        _CHAINED,
+        _CHAINED,
+        "its pairs wait for a busy host; ",
+        _HOST,
+    ),
     _intranode("uccl_intranode", "UCCL ep/bench/test_intranode.py", "uccl_ep", _REPEATS),
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +20,12 @@ from .ranks import Ranks
 from .stats import late_over_early, settled
 from .types import Reduction, Sampling, Series
 
-BLOCK_US = (
-    1000.0  # a block lasts at least this long, so that its mark (up to 11 us of the host's time) is 1 % of it
-)
+# A block of a chain lasts at least this long. Its mark costs a loop that the host bounds about what a launch
+# does: 11 us where the host is quiet, 15 to 67 us where it was busy (benchmarks/README.md, four H200). Where
+# the host does not bound it, in a replayed graph, it is 4 us, and on CPU next to nothing.
+BLOCK_US = 1000.0
+LAUNCHED_BLOCK_US = 5000.0
+SIZING_BLOCKS = 6  # short ones, to find out how many calls that is
 DROPPED_BLOCKS = 3  # of each chain: the pipeline fills, ranks fall into step
 WARMUP_BATCH = 8
 
@@ -208,12 +212,14 @@ def chained(
 ) -> Series:
     """Turns back to back with no host synchronisation, as a decode loop issues them: the period of a turn.
 
-    One mark a block and nothing else between them, so that measuring costs the loop nothing it would not pay
-    anyway; one sample is a block's mean. A block has `chain_block` turns, or more where that is less than
-    BLOCK_US. With the regime "graph" `call` is one replay of a graph that holds `turns_per_call` turns.
+    One mark a block and nothing else between them, so that measuring costs the loop next to nothing that it
+    would not pay anyway; one sample is a block's mean. A block has `chain_block` turns, or more where that is
+    less than BLOCK_US (on GPUs, launched call by call: LAUNCHED_BLOCK_US). With the regime "graph" `call` is
+    one replay of a graph that holds `turns_per_call` turns.
     """
     sampling, device = bench.sampling, bench.device
-    calls = _calls_per_block(bench, call, max(1, sampling.chain_block // turns_per_call))
+    block_us = BLOCK_US if regime == "graph" or device.kind == "cpu" else LAUNCHED_BLOCK_US
+    calls = _calls_per_block(bench, call, max(1, sampling.chain_block // turns_per_call), block_us)
     samples: list[float] = []
     trials = Trials(bench, sampling.trials, sampling.budget_s)
     for trial in trials:
@@ -232,13 +238,18 @@ def chained(
     )
 
 
-def _calls_per_block(bench: Bench, call: Callable[[], Any], least: int) -> int:
-    """How many calls make a block, from a short chain on rank 0: a power of two times `least`, at most 64."""
-    first, *_, last = run_chain(bench, call, 2, 8)
-    block_us = least * bench.device.elapsed_us(first, last) / 16
-    calls = least
-    while block_us < BLOCK_US and calls < 64 * least:
-        calls, block_us = 2 * calls, 2 * block_us
+def _calls_per_block(bench: Bench, call: Callable[[], Any], least: int, block_us: float) -> int:
+    """How many calls make a block, by a short chain on rank 0: a power of two times `least`, at most 64.
+
+    By the median of its blocks: the first call after a drain takes the host several times as long, and would
+    make blocks that are shorter than they should be.
+    """
+    few = max(1, least // 2)
+    _, *marks = run_chain(bench, call, SIZING_BLOCKS, few)
+    lasted = [bench.device.elapsed_us(a, b) for a, b in zip(marks, marks[1:], strict=False)]
+    call_us, calls = statistics.median(lasted) / few, least
+    while calls * call_us < block_us and calls < 64 * least:
+        calls *= 2
     return bench.agree(calls)
 
 

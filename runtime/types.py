@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 # The measurement contract. It changes whenever a number could move; schema/HISTORY.md says why it did.
-CONTRACT = "2026.11-3"
+CONTRACT = "2026.11-4"
 RESULT_SCHEMA = "collectivex.result.v1"
 CASES_SCHEMA = "collectivex.cases.v1"
 MANIFEST_SCHEMA = "collectivex.manifest.v1"

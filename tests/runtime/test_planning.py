@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import collectivex
+from collectivex.backends import nccl_tests
 from collectivex.runtime import cli, detect, listing, planning, registry, sku, suite
 from collectivex.runtime.types import case_from_json
 
@@ -147,11 +149,25 @@ def test_a_plan_names_what_has_never_run_on_such_hardware(capsys: pytest.Capture
 
 
 def test_what_has_never_run_is_named_by_operation_where_others_have(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of nccl_tests all but hypercube have. Where none has, the name of the backend says it all."""
-    line = said(capsys, "plan", "--suite", "nccl-tests", "--sku", "h200x4-nvlink").splitlines()[-1]
-    assert line.endswith("such hardware: nccl_tests (hypercube)")
+    """With its mode where another mode of it has. Where nothing has, the name of the backend says it all."""
+    told = ("plan", "--suite", "nccl-tests", "--sku", "h200x4-nvlink")
+    assert "contract-only" not in said(capsys, *told)
+    everything, *others = nccl_tests.FACTS.variants
+    some = tuple(op for op in everything.ops if op != "all_reduce")
+    ran, never = replace(everything, ops=("all_reduce",)), replace(everything, ops=some, validated=())
+    changed = replace(nccl_tests.FACTS, variants=(ran, never, *(replace(v, validated=()) for v in others)))
+    monkeypatch.setattr(nccl_tests.Backend, "facts", changed)
+    names = "all_gather, in-place all_reduce, all_to_all, all_to_all_v, broadcast, gather, hypercube, reduce"
+    line = said(capsys, *told).splitlines()[-1]
+    assert line.endswith(f"such hardware: nccl_tests ({names}, reduce_scatter, scatter, sendrecv)")
+    ways = {
+        row["backend"]: row["modes/variants"]
+        for row in json.loads(said(capsys, "list", "backends", "--format", "json"))
+    }
+    assert "out-of-place [all_reduce]" in ways["nccl_tests"]
+    assert "out-of-place [hypercube] (contract-only)" in ways["nccl_tests"]
     argv = ("plan", "--suite", "collectives-core", "--sku", "mi300x-amds", "--backend", "rccl_tests")
     assert said(capsys, *argv).splitlines()[-1].endswith("such hardware: rccl_tests")
 
@@ -163,8 +179,7 @@ def test_a_backend_whose_variants_differ_by_operation_says_by_which(
     rows = json.loads(said(capsys, "list", "backends", "--format", "json"))
     ways = {row["backend"]: row["modes/variants"] for row in rows}
     assert {"out-of-place [gather scatter all_to_all_v]", "in-place"} < set(ways["torch_dist"])
-    assert "out-of-place [hypercube] (contract-only)" in ways["nccl_tests"]
-    assert "out-of-place [hypercube]" in ways["rccl_tests"]
+    assert "out-of-place [hypercube]" in ways["nccl_tests"]
 
 
 def test_table_columns_are_aligned_and_never_cut() -> None:
