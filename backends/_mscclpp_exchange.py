@@ -5,17 +5,24 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..runtime.errors import InfraError
 from ..runtime.types import Case
-from .base import Received
+from .base import Context, Received
 
 if TYPE_CHECKING:
     import torch
 
     from ..runtime.problem import MoeProblem
-    from .mscclpp_ep import Backend
+
+
+class Opened(Protocol):
+    """What an exchange uses of the backend that set the library up."""
+
+    context: Context
+    mscclpp: Any
+    ep: Any
 
 
 class State(NamedTuple):
@@ -40,7 +47,7 @@ class _Exchange:
 
     wire: Mapping[str, int] = {}
 
-    def __init__(self, backend: Backend, case: Case, problem: MoeProblem, **config: Any):
+    def __init__(self, backend: Opened, case: Case, problem: MoeProblem, **config: Any):
         shape = problem.shape
         self.context, self.ep, self.problem = backend.context, backend.ep, problem
         self.group: Any = backend.mscclpp.CommGroup(torch_group=self.context.group)
@@ -75,7 +82,7 @@ class _Exchange:
 
 
 class _Latency(_Exchange):
-    def __init__(self, backend: Backend, case: Case, problem: MoeProblem, layout: Any):
+    def __init__(self, backend: Opened, case: Case, problem: MoeProblem, layout: Any):
         import torch
 
         ep = backend.ep
@@ -106,7 +113,7 @@ class _Latency(_Exchange):
 class ExpertMajor(_Latency):
     """Rows [L, R * T, H], for each local expert compact from its first slot on."""
 
-    def __init__(self, backend: Backend, case: Case, problem: MoeProblem):
+    def __init__(self, backend: Opened, case: Case, problem: MoeProblem):
         super().__init__(backend, case, problem, backend.ep.DispatchLayout.EXPERT_MAJOR)
 
     def combine(self, state: State, staged: torch.Tensor) -> torch.Tensor:
@@ -141,7 +148,7 @@ class RankMajor(_Latency):
     """Rows [R * T, H], for each source rank compact from its first slot on. combine takes them from where
     dispatch put them: `stage` writes over the tokens, and without it combine gives them back."""
 
-    def __init__(self, backend: Backend, case: Case, problem: MoeProblem):
+    def __init__(self, backend: Opened, case: Case, problem: MoeProblem):
         super().__init__(backend, case, problem, backend.ep.DispatchLayout.RANK_MAJOR)
 
     def combine(self, state: State, staged: None) -> torch.Tensor:
@@ -172,7 +179,7 @@ class RankMajorDirect(RankMajor):
     """The same rows, and combine rows [R * T, K, H] in another buffer of the library, which dispatch leaves
     alone."""
 
-    def __init__(self, backend: Backend, case: Case, problem: MoeProblem):
+    def __init__(self, backend: Opened, case: Case, problem: MoeProblem):
         super().__init__(backend, case, problem)
         self.current: Any = None  # what the library's combine buffer holds
 
@@ -211,7 +218,7 @@ class RankMajorDirect(RankMajor):
 class Throughput(_Exchange):
     """Rows [N, H] of a receive pool, one per token and rank."""
 
-    def __init__(self, backend: Backend, case: Case, problem: MoeProblem):
+    def __init__(self, backend: Opened, case: Case, problem: MoeProblem):
         super().__init__(backend, case, problem, mode=backend.ep.MoEMode.THROUGHPUT)
         self.first: State | None = None
         if case.mode == "cached":

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from .base import Received
+from .base import Context, Received
 
 if TYPE_CHECKING:
     import torch
 
     from ..runtime.problem import MoeProblem
-    from .nccl_ep import Backend
+
+
+class Opened(Protocol):
+    """What an exchange uses of the backend that set the library up."""
+
+    context: Context
+    nccl: Any
+    comm: Any
 
 
 def _stream() -> int:
@@ -32,7 +39,7 @@ class _Exchange:
     wire: Mapping[str, int] = {}
 
     def __init__(
-        self, backend: Backend, problem: MoeProblem, algorithm: str, layout: str, layout_info: Any = None
+        self, backend: Opened, problem: MoeProblem, algorithm: str, layout: str, layout_info: Any = None
     ):
         import torch
 
@@ -85,7 +92,7 @@ def _capacity(tokens: int) -> int:
 class ExpertMajor(_Exchange):
     """Rows [L, R * M, H], for each local expert compact from its first slot on; M is the capacity."""
 
-    def __init__(self, backend: Backend, problem: MoeProblem):
+    def __init__(self, backend: Opened, problem: MoeProblem):
         super().__init__(backend, problem, "LOW_LATENCY", "EXPERT_MAJOR")
         ep, local = self.ep, problem.local_experts
         self.rows = self.new(local, self.slots, problem.shape.hidden)
@@ -120,7 +127,7 @@ class ExpertMajor(_Exchange):
 class RankMajor(ExpertMajor):
     """Rows [R, M, H], for each source rank compact from its first slot on."""
 
-    def __init__(self, backend: Backend, problem: MoeProblem):
+    def __init__(self, backend: Opened, problem: MoeProblem):
         _Exchange.__init__(self, backend, problem, "LOW_LATENCY", "RANK_MAJOR")
         ep, size, picks = self.ep, problem.size, problem.shape.topk
         self.rows = self.new(size, self.capacity, problem.shape.hidden)
@@ -145,7 +152,7 @@ class RankMajor(ExpertMajor):
 class HighThroughput(_Exchange):
     """Rows [N, H] in a buffer for R * M, one per token and rank."""
 
-    def __init__(self, backend: Backend, problem: MoeProblem, cached: bool):
+    def __init__(self, backend: Opened, problem: MoeProblem, cached: bool):
         ep, picks = backend.nccl.ep, problem.shape.topk
         self.problem, self.cached = problem, cached
         self.counts = self.new(problem.local_experts, dtype="int32")

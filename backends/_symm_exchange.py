@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ._symm_window import Kernel, Window, far
-from .base import Received
+from .base import Context, Received
 
 if TYPE_CHECKING:
     import torch
 
     from ..runtime.problem import MoeProblem
-    from .symm_mem import Backend
+
+
+class Opened(Protocol):
+    """What an exchange uses of the backend that set symmetric memory up: the window that all cases share."""
+
+    context: Context
+    kernels: Any
+    triton: Any
+    polls: int
+
+    def open(self, regions: Mapping[str, int]) -> Window: ...
+
+    def quiet(self) -> None: ...
+
+    def check(self, private: torch.Tensor) -> None: ...
+
 
 STAGINGS = 2
 
@@ -79,7 +94,7 @@ class OneSided:
 
     def __init__(
         self,
-        backend: Backend,
+        backend: Opened,
         problem: MoeProblem,
         known: bool,
         launches: tuple[Launch, Launch] | None = None,

@@ -52,7 +52,7 @@ def quantise(x: torch.Tensor, format: Fp8Format = E4M3FN) -> tuple[torch.Tensor,
     if x.is_cuda and _has_kernel(x.device):
         from .fp8_kernel import quantise as kernel
 
-        return kernel(x, format)
+        return kernel(x, format.dtype, format.max, TINY, BLOCK)
     return reference_quantise(x, format)
 
 

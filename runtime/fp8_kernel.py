@@ -6,19 +6,23 @@ import torch
 import triton
 import triton.language as tl
 
-from .fp8 import BLOCK, TINY, Fp8Format
-
 GROUP = 16  # blocks of 128 columns that one program quantises
 
 
-def quantise(x: torch.Tensor, format: Fp8Format) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `fp8.quantise`. One launch; no synchronisation; may be captured in a graph."""
+def quantise(
+    x: torch.Tensor, dtype: torch.dtype, largest: float, tiny: float, block: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `fp8.quantise`. One launch; no synchronisation; may be captured in a graph.
+
+    largest   of the finite values of `dtype`
+    tiny      least maximum of a block of `block` columns
+    """
     rows, hidden = x.shape
-    q = torch.empty(rows, hidden, dtype=format.dtype, device=x.device)
-    scales = torch.empty(rows, hidden // BLOCK, dtype=torch.float32, device=x.device)
+    q = torch.empty(rows, hidden, dtype=dtype, device=x.device)
+    scales = torch.empty(rows, hidden // block, dtype=torch.float32, device=x.device)
     blocks = scales.numel()
     if blocks:
-        _quantise[(triton.cdiv(blocks, GROUP),)](x, q, scales, blocks, format.max, TINY, BLOCK, GROUP)
+        _quantise[(triton.cdiv(blocks, GROUP),)](x, q, scales, blocks, largest, tiny, block, GROUP)
     return q, scales
 
 

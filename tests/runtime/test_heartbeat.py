@@ -25,6 +25,7 @@ def heart(tmp_path: Path) -> Iterator[Heartbeat]:
 
 
 def test_a_beat_says_where_the_rank_is(heart: Heartbeat) -> None:
+    """Its cell, phase and iteration, and when the next beat is due where that is not the cell's deadline."""
     heart.begin("cell-1", 60)
     heart.beat("chained roundtrip", 4, limit_s=9.5)
     said = {"rank": 3, "cell": "cell-1", "phase": "chained roundtrip", "iteration": 4, "limit_s": 9.5}
@@ -52,6 +53,7 @@ def test_beats_go_into_the_one_file_that_is_there(heart: Heartbeat) -> None:
 
 
 def test_who_reads_while_a_rank_beats_reads_whole_beats(heart: Heartbeat) -> None:
+    """Of any length, in their order, and never half of one."""
     over = threading.Event()
     found = []
 
@@ -72,6 +74,7 @@ def test_who_reads_while_a_rank_beats_reads_whole_beats(heart: Heartbeat) -> Non
 
 
 def test_what_is_no_beat_is_none(tmp_path: Path) -> None:
+    """Cut short for good, or not there yet."""
     (tmp_path / "cut").write_text('{"rank": 3, "ph')
     assert read(tmp_path / "cut") is None
     assert read(tmp_path / "missing") is None
