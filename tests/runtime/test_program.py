@@ -138,12 +138,7 @@ def test_the_suite_of_every_program_is_one_process_for_each_and_dtype(
     assert valid(tmp_path / "out"), capsys.readouterr().out
     seen = [json.loads(line)["program"] for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
     assert {f"{name}_perf": 2 for name in fakes.PROGRAMS} == Counter(seen)
-    ran = {
-        (r["case"]["shape"]["op"], r["case"]["mode"])
-        for r in records
-        if r["backend"]["validated"] == "hardware"
-    }
-    assert {("all_reduce", "out-of-place")} == ran
+    assert {"hardware"} == {r["backend"]["validated"] for r in records}
 
 
 def test_versions_come_from_the_program(bench: Any, tmp_path: Path) -> None:
