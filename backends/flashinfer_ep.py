@@ -68,9 +68,15 @@ FACTS = Facts(
         _variant("moe-ep", _COPY),
     ),
     index_dtype="int32",
-    # Of what the package asks for, only the bindings are needed here; kernels are compiled at first use.
+    # Of what the package asks for, what the modules below import: the rest is gigabytes for other kernels.
+    # Those of the exchange are compiled at first use.
     recipe=Recipe(
-        packages=("flashinfer-python==0.7.2", "apache-tvm-ffi==0.1.15.post2"),
+        packages=(
+            *("flashinfer-python==0.7.2", "apache-tvm-ffi==0.1.15.post2", "nvidia-ml-py==13.615.71"),
+            *("packaging==26.3", "tqdm==4.70.1", "requests==2.34.2", "urllib3==2.8.0", "idna==3.20"),
+            *("certifi==2026.10.18", "charset-normalizer==3.5.2"),
+        ),
+        imports=("numpy",),
         needs=("nvcc", "ninja"),
         sets={
             "CUDA_HOME": "{cuda}",
@@ -78,7 +84,7 @@ FACTS = Facts(
             "FLASHINFER_WORKSPACE_BASE": "{cache}",
             "FLASHINFER_DISABLE_VERSION_CHECK": "1",
         },
-        modules=("flashinfer.comm",),
+        modules=("flashinfer.comm", "flashinfer.comm.mnnvl", "flashinfer.moe_ep"),
         versions={"flashinfer-python": "0.7.2"},
     ),
     validated=("cuda",),

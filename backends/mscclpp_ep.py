@@ -78,7 +78,7 @@ FACTS = Facts(
     recipe=Recipe(
         git="https://github.com/microsoft/mscclpp",
         packages=(
-            *("blake3==1.0.11", "sortedcontainers==2.4.0"),
+            *("blake3==1.0.11", "pybind11==3.1.0", "sortedcontainers==2.4.0"),
             *("cupy-cuda{cuda_major}x==14.2.0", "cuda-pathfinder==1.9.0"),
         ),
         isolated=True,

@@ -97,8 +97,13 @@ FACTS = Facts(
         ),
     ),
     recipe=Recipe(
-        packages=(f"nccl4py=={PIN}", "nvidia-nccl-cu13==2.30.7"),
+        packages=(
+            *(f"nccl4py=={PIN}", "nvidia-nccl-cu13==2.30.7", "packaging==26.3"),
+            *("cuda-core==1.2.2", "cuda-bindings==13.0.3", "cuda-pathfinder==1.9.0"),
+            "backports.strenum==1.3.1; python_version < '3.11'",
+        ),
         needs=("nvcc",),  # high throughput compiles its kernels at run time
+        imports=("numpy",),
         prepend={"LD_LIBRARY_PATH": ("site/nvidia/nccl/lib",)},
         sets={
             "CUDA_HOME": "{cuda}",
