@@ -28,7 +28,8 @@ BUSBW_RELATIVE, BUSBW_ABSOLUTE = 0.06, 0.02
 
 @dataclass(frozen=True)
 class Sweep:
-    """What one start was asked to do, as its command line says: `sizes` rising, each printed once a cycle."""
+    """What one start was asked to do, as its command line says: `sizes` rising, each printed once a cycle;
+    `threads` of each process, with `gpus` each."""
 
     cases: tuple[Case, ...]
     sizes: tuple[int, ...]
@@ -39,7 +40,7 @@ class Sweep:
     checks: int
     each: bool
     threads: int
-    processes: int
+    gpus: int
     document: str | None
 
     @classmethod
@@ -47,7 +48,6 @@ class Sweep:
         said = dict(zip(start.argv, start.argv[1:], strict=False))
         shape = start.cases[0].shape
         assert isinstance(shape, Collective)
-        threads = int(said.get("-t", "1"))
         return cls(
             cases=start.cases,
             sizes=tuple(sorted({_size(case) for case in start.cases})),
@@ -57,8 +57,8 @@ class Sweep:
             cycles=int(said.get("-N", "1")),
             checks=int(said["-c"]),
             each=said.get("-I") == "1",
-            threads=threads,
-            processes=start.cases[0].ranks // (threads * int(said["-g"])),
+            threads=int(said.get("-t", "1")),
+            gpus=int(said["-g"]),
             document=start.output,
         )
 
@@ -71,6 +71,15 @@ class Sweep:
     @property
     def ranks(self) -> int:
         return self.cases[0].ranks
+
+    @property
+    def workers(self) -> int:
+        """Threads of all processes, with `gpus` each."""
+        return self.ranks // self.gpus
+
+    @property
+    def processes(self) -> int:
+        return self.workers // self.threads
 
     def all(self, status: Status, reason: str) -> dict[Case, Answer]:
         return {case: Answer(status, reason) for case in self.cases}
@@ -199,7 +208,7 @@ def _other_than_asked(sweep: Sweep, report: Report) -> Problem | None:
         return Status.INCORRECT, f"asked for {sweep.ranks} ranks, {sweep.program} ran with {report.ranks}"
     if report.cputime:
         return Status.INCORRECT, "the time column is that of launching (-C), not of the operation"
-    asked = {"nThread": sweep.threads, "nGpus": sweep.ranks // (sweep.processes * sweep.threads)}
+    asked = {"nThread": sweep.threads, "nGpus": sweep.gpus}
     asked |= {"iters": sweep.iterations, "validation": sweep.checks, "agg iters": 1, "graph": 0}
     for name, value in asked.items():
         if report.settings.get(name, value) != value:
@@ -218,7 +227,7 @@ def _contradiction(sweep: Sweep, report: Report, rows: Sequence[Row], returncode
     if passed != (count == 0):
         return Status.INCORRECT, f"the footer calls {count} failed checks {'OK' if passed else 'FAILED'}"
     # A thread counts once for each placement of a row that failed on its GPUs; with MPI every process does.
-    if not bad <= count <= bad * sweep.processes * sweep.threads:
+    if not bad <= count <= bad * sweep.workers:
         return Status.INCORRECT, f"the footer counts {count} failed checks, the rows show {bad}"
     if returncode != 0 and not count:
         told = f"{sweep.program} {exit_text(returncode)} although its checks passed{_because(report)}"

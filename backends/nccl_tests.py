@@ -60,13 +60,13 @@ HYPERCUBE_WINDOW = {
 }
 
 
-def _variant(
-    mode: str,
-    ops: tuple[str, ...],
-    window: dict[str, str] = _WINDOW,
-    validated: tuple[str, ...] | None = None,
-) -> Variant:
-    return Variant("", mode, tuple(DTYPES), window, family="collective", ops=ops, validated=validated)
+def variants(window: Mapping[str, str], of_hypercube: Mapping[str, str]) -> tuple[Variant, ...]:
+    """Every program in both placements, with what their windows contain."""
+    return tuple(
+        Variant("", mode, tuple(DTYPES), contains, family="collective", ops=ops)
+        for ops, contains in ((COLLECTIVE_OPS, window), (PROGRAM_OPS, of_hypercube))
+        for mode in ("out-of-place", "in-place")
+    )
 
 
 FACTS = Facts(
@@ -97,10 +97,7 @@ FACTS = Facts(
         programs=("bin/all_reduce_perf",),
     ),
     devices=("cuda",),
-    variants=(
-        *(_variant(mode, COLLECTIVE_OPS, _WINDOW) for mode in ("out-of-place", "in-place")),
-        *(_variant(mode, PROGRAM_OPS, HYPERCUBE_WINDOW) for mode in ("out-of-place", "in-place")),
-    ),
+    variants=variants(_WINDOW, HYPERCUBE_WINDOW),
     knobs=("sweep", "per_iteration", "mpi"),
     regimes=("loop",),
     validated=("cuda",),
@@ -157,8 +154,8 @@ class Backend:
         mpi = first.nodes > 1 or knobs.get("mpi") == 1
         binary = find(PROGRAMS[shape.op], mpi, environ)
         offered = options(binary, environ)
-        each_too = "I" in offered and knobs.get("per_iteration", 1) == 1 and first.nodes == 1
-        each_too = each_too and shape.op not in THREAD_EACH
+        each_too = "I" in offered and knobs.get("per_iteration", 1) == 1
+        each_too = each_too and first.nodes == 1 and shape.op not in THREAD_EACH
         loops = [0, 1] if each_too else [0]
         extra = added(folder, mpi, environ)
         found = []

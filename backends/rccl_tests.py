@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime import environment
-from ..runtime.types import COLLECTIVE_OPS, PROGRAM_OPS, Case, Collective, Status
+from ..runtime.types import Case, Collective, Status
 from . import _tests_verdict, nccl_tests
 from ._tests_output import Row, Unreadable, read_text, without_private
-from .base import Answer, Ended, Facts, MissingLibrary, Source, Start, Variant
+from .base import Answer, Ended, Facts, MissingLibrary, Source, Start
 from .nccl_tests import DTYPES, HYPERCUBE_WINDOW, NEEDED, PROGRAMS
 
 # What we mean by a letter. A binary whose usage calls it otherwise does not get it.
@@ -60,11 +60,7 @@ FACTS = Facts(
         "has -J; ROCm/rccl-tests is frozen since 2024, whose outputs are understood too",
     ),
     devices=("hip",),
-    variants=tuple(
-        Variant("", mode, tuple(DTYPES), window, family="collective", ops=ops)
-        for mode in ("out-of-place", "in-place")
-        for ops, window in ((COLLECTIVE_OPS, _WINDOW), (PROGRAM_OPS, _HYPERCUBE_WINDOW))
-    ),
+    variants=nccl_tests.variants(_WINDOW, _HYPERCUBE_WINDOW),
     knobs=("sweep", "mpi"),
     regimes=("loop",),
     validated=(),

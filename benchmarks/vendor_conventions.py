@@ -164,15 +164,17 @@ def _kernel(quantity: str, ours: Ours, component: str, over: str, differs: str) 
 
 
 def _low_latency(
-    name: str, title: str, backend: str, dispatch: str, combine: str, host: str = "", shown: str = _EVENTS
+    name: str, title: str, backend: str, dispatch: str, combine: str, waits: bool = False
 ) -> Bench:
-    """`dispatch`, `combine`: how their kernel times come about; `host`: what makes their pairs longer."""
+    """`dispatch`, `combine`: how their kernel times come about; `waits`: their pairs do for a busy host."""
     ours = Ours(backend, "low-latency", "ll", 128, "fp8")
-    around = f"an event on either side of each pair in theirs; {host}{_MASKED}"
+    around, shown = "an event on either side of each pair in theirs", _EVENTS
+    if waits:
+        around, shown = f"{around}; its pairs wait for a busy host", _HOST
     lines = (
         *_kernel("dispatch", ours, "dispatch", MEAN, f"{dispatch}; {_MASKED}"),
         *_kernel("combine", ours, "combine", MEAN, f"{combine}; {_MASKED}"),
-        Line("dispatch + combine", ours, "roundtrip", "chained", MEAN, around, shown),
+        Line("dispatch + combine", ours, "roundtrip", "chained", MEAN, f"{around}; {_MASKED}", shown),
     )
     return Bench(name, title, "low_latency", "low_latency", lines, 128)
 
@@ -290,12 +292,12 @@ def _nccl_benches() -> Iterator[Bench]:
             clock, shown = "one thread and one host clock for all GPUs in theirs", ""
             if op == "all_reduce":
                 clock, shown = f"{copy}; {clock}", _COPIES
-            itself = ""
+            itself = ("", "")
             if size == 1 << 20:
                 shown = _HOST  # launching takes longer than the call, with or without a copy
-                itself = "theirs differs from itself by as much"
+                itself = ("theirs differs from itself by as much", _HOST)
             lines += [
-                Line(quantity, loop, "call", "loop", "mean of max", itself, _HOST if itself else ""),
+                Line(quantity, loop, "call", "loop", "mean of max", *itself),
                 Line(quantity, torch, "call", "chained", "mean of max", clock, shown),
                 Line(quantity, torch, "call", "graph", "mean of max", f"no graph in theirs; {clock}", shown),
             ]
@@ -345,8 +347,7 @@ BENCHES: tuple[Bench, ...] = (
         "uccl_ep",
         _CHAINED,
         _CHAINED,
-        "its pairs wait for a busy host; ",
-        _HOST,
+        waits=True,
     ),
     _intranode("uccl_intranode", "UCCL ep/bench/test_intranode.py", "uccl_ep", _REPEATS),
 )

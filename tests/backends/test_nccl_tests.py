@@ -217,7 +217,7 @@ COLUMNS = "#       size         count      type   redop    root" + "     time   
 def composed(program: str, *rows: str, bad: int = 0) -> str:
     """What a run on 4 GPUs would print. Composed by hand from the formats of 2.19.6 (src/util.cu:
     writeBenchmarkLinePreamble "%12li  %12li  %8s  %6s  %6s", writeBenchmarkLineBody "  %7s  %6s  %6s  %6g",
-    or N/A), not recorded: these programs have never run here."""
+    or N/A), not recorded: every number of it is known."""
     head = ["# nccl-tests version 2.19.6 nccl-headers=22809 nccl-library=22809"]
     head += [f"# Collective test starting: {program}", COLUMNS]
     foot = f"# Out of bounds values : {bad} {'FAILED' if bad else 'OK'}"
