@@ -8,6 +8,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .errors import InfraError, UserError
+
 if TYPE_CHECKING:
     import torch
 
@@ -96,6 +98,32 @@ class GpuDevice:
         import torch
 
         torch.cuda.synchronize(self.torch_device)
+
+
+def gpu(index: int) -> GpuDevice:
+    """The GPU of that number among those that this process sees. Raises UserError where torch is built
+    without CUDA and ROCm, InfraError where no driver serves it or it sees fewer GPUs."""
+    import torch
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        raise UserError(
+            f"torch {torch.__version__} is built without CUDA and ROCm, and the pool has GPUs",
+            "run in the environment or image whose torch is built for them, or use --sku local; cx doctor "
+            "says what is here",
+        )
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        why = str(error).strip().partition("\n")[0]
+        raise InfraError(f"torch cannot use the GPUs: {why}", "cx doctor says what is here") from error
+    seen = torch.cuda.device_count()
+    if index >= seen:
+        raise InfraError(
+            f"the rank's GPU is number {index}, and it sees {seen}",
+            "CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES or the container hide the others, or the node has "
+            "fewer than its SKU says",
+        )
+    return GpuDevice(index)
 
 
 class ManualDevice:

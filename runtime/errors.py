@@ -41,9 +41,12 @@ class InfraError(CollectiveXError):
 
 
 def unknown(kind: str, name: str, have: Iterable[str], hint: str | None = None) -> UserError:
-    """`no SKU named 'h20'; have: ...`, with the nearest name as the hint when there is one."""
+    """`no SKU named 'h20'; have: ...`, with the nearest name as the hint, or those that begin like it."""
     known = sorted(have)
     near = difflib.get_close_matches(name, known, n=1)
-    if hint is None and near:
-        hint = f"did you mean {near[0]!r}?"
-    return UserError(f"no {kind} named {name!r}; have: {', '.join(known) or 'none'}", hint)
+    longer = [other for other in known if name and other.startswith(name)]
+    if hint is None and (near or longer):
+        hint = f"did you mean {' or '.join(map(repr, near or longer))}?"
+    return UserError(
+        f"no {kind} named {name!r}; have: {', '.join(known) or 'none'}", hint or "names are written in full"
+    )

@@ -27,6 +27,7 @@ from .heartbeat import read
 from .manifest import Manifest
 from .matrix import Planned
 from .mechanism import Mechanism, Processes, Work, allowed_s, processes
+from .preflight import require_gpus, require_torch
 from .progress import Progress
 from .scrub import scrub
 from .sku import Sku, load_sku
@@ -50,6 +51,7 @@ def command(args: argparse.Namespace) -> int:
         hint = f"use `cx launch` with the same options, or launchers/launch_{sku.name}.sh"
         raise UserError(f"the ranks of SKU {sku.name!r} are not processes of this machine", hint)
     require_torch(planned)
+    require_gpus(sku, planned)
     out = Path(args.out or default_folder(suite.name))
     manifest = Manifest.open(
         out, suite.name, sku.name, told(sys.argv[1:]), [p.cell for p in planned], args.resume
@@ -92,6 +94,10 @@ def plan(args: argparse.Namespace) -> tuple[Suite, Sku, list[Planned]]:
     """The requested cells, from the command line. Raises UserError for everything that is wrong in it."""
     suite, sku = load_suite(args.suite), load_sku(args.sku)
     planned = matrix.expand(suite, sku, args.backend or None, args.ranks, args.nodes, args.runs)
+    pool = sku.at(args.nodes or 1)
+    if args.ranks is None and (ranks := matrix.default_ranks(suite, pool)) < pool.default_ranks:
+        many = f"{ranks} ranks, not {pool.default_ranks}: so many share out the experts evenly"
+        print(f"{many} (--ranks says otherwise)", file=sys.stderr)
     if args.deadline is not None:
         planned = [
             replace(p, cell=Cell(p.cell.case.with_deadline(args.deadline), p.cell.run)) for p in planned
@@ -102,20 +108,7 @@ def plan(args: argparse.Namespace) -> tuple[Suite, Sku, list[Planned]]:
             raise UserError(
                 f"no cell of {suite.name} matches {', '.join(args.only)}", "see `cx run --dry-run`"
             )
-    return suite, sku.at(args.nodes or 1), planned
-
-
-def require_torch(planned: Sequence[Planned]) -> None:
-    """Ranks run in this interpreter, so torch must be importable in it. External programs do without."""
-    from importlib.util import find_spec
-
-    runnable = {p.cell.case.backend for p in planned if p.unsupported is None}
-    ranks = any(not isinstance(registry.load(name), Program) for name in runnable)
-    if ranks and find_spec("torch") is None:
-        raise UserError(
-            f"torch is not installed for {sys.executable}",
-            "use the Python that has it, or `pip install torch`; `make bench` does it for you",
-        )
+    return suite, pool, planned
 
 
 def default_folder(suite: str) -> Path:

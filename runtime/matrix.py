@@ -37,7 +37,8 @@ def expand(
     """Every requested cell, in the order of measuring.
 
     backends   instead of the suite's own selection; may name hidden ones
-    ranks      over all nodes; default: one per GPU, 4 per node on CPUs
+    ranks      over all nodes; default: one per GPU, 4 per node on CPUs, or the most below that which
+               divide the experts of every workload (6 GPUs and 16 experts: 4)
     runs       instead of the suite's own number; each run is the whole matrix once, in an order of its own
                when the suite is shuffled
 
@@ -45,7 +46,7 @@ def expand(
     (experts not divisible by ranks).
     """
     sku = sku.at(nodes or 1)
-    ranks = _ranks(sku, ranks)
+    ranks = default_ranks(suite, sku) if ranks is None else _ranks(sku, ranks)
     _refuse_unknown(suite, backends)
     cases: list[tuple[Case, str | None]] = []
     asked: dict[tuple[object, ...], tuple[Group, Case]] = {}
@@ -61,9 +62,15 @@ def expand(
     return _ordered(suite, cases, runs or suite.runs)
 
 
-def _ranks(sku: Sku, ranks: int | None) -> int:
-    if ranks is None:
-        return sku.default_ranks
+def default_ranks(suite: Suite, sku: Sku) -> int:
+    """The most ranks that the pool has GPUs for and that share out the experts of every workload evenly."""
+    experts = {workload.experts for group in suite.groups for workload in group.workloads}
+    most = sku.default_ranks
+    fitting = (r for r in range(most, 0, -sku.nodes) if not any(count % r for count in experts))
+    return next(fitting, most)
+
+
+def _ranks(sku: Sku, ranks: int) -> int:
     if ranks < 1:
         raise UserError(f"{ranks} ranks", "use --ranks 1 or more")
     if ranks % sku.nodes:

@@ -25,10 +25,9 @@ from .device import Device
 from .errors import UserError
 from .ranks import Ranks
 from .routing import Table
-from .types import Moe
+from .types import CODE_COLUMNS, Moe
 
 ID_BITS = 20
-CODE_COLUMNS = 32  # 20 bits of token id, 12 of checksum
 CODE_MAGNITUDE = 16
 CHUNK = 1 << 24  # elements of a temporary: 64 MiB in int32 or float32
 

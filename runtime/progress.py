@@ -1,7 +1,11 @@
-"""What is happening, on stderr: one line kept up to date on a terminal, plain lines elsewhere."""
+"""What is happening, on stderr: one line kept up to date on a terminal, plain lines elsewhere.
+
+A reader that goes away (`cx run ... 2>&1 | head`) ends the lines, not the run.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 
@@ -24,11 +28,14 @@ class Progress:
             self.ended += 1
         text = f"[{elapsed:6.1f} s] {self.ended}/{self.total} {what} {cell_id}"
         if self.live and what in ("start", "ok"):
-            sys.stderr.write("\r\033[K" + text[:150])
-            sys.stderr.flush()
+            self._write("\r\033[K" + text[:150])
         elif what != "start":
             self._line(text)
 
     def _line(self, text: str) -> None:
-        sys.stderr.write(("\r\033[K" if self.live else "") + text + "\n")
-        sys.stderr.flush()
+        self._write(("\r\033[K" if self.live else "") + text + "\n")
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            sys.stderr.write(text)
+            sys.stderr.flush()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from . import yamlfile
 from .errors import UserError, unknown
-from .types import REGIMES, Collective, Moe, Routing, Sampling, Shape
+from .types import CODE_COLUMNS, DTYPE_BYTES, REGIMES, Collective, Moe, Routing, Sampling, Shape
 
 FOLDER = yamlfile.ROOT / "suites"
 WORKLOADS = FOLDER / "workloads.yaml"
@@ -164,6 +164,9 @@ def _workload(name: str, entry: Mapping[str, Any], mistakes: _Mistakes) -> Workl
     made = Workload(name, **entry)
     if made.topk > made.experts:
         mistakes.add(f"workloads.{name}.topk", f"{made.topk} of {made.experts} experts cannot be picked")
+    if made.hidden < CODE_COLUMNS:
+        problem = f"{made.hidden} is below {CODE_COLUMNS}, the columns in which the oracle codes a row"
+        mistakes.add(f"workloads.{name}.hidden", problem)
     return made
 
 
@@ -176,6 +179,7 @@ def _group(
     axes: dict[str, Any] = {name: tuple(data[name]) for name in lists if name in data}
     if data["family"] == "collective":
         axes["sizes"] = _ladder(f"{key}.sizes", data["sizes"], mistakes)
+        _refuse_parts(key, axes["sizes"], data["dtypes"], mistakes)
     else:
         axes["tokens"] = _ladder(f"{key}.tokens", data["tokens"], mistakes)
         axes["workloads"] = _pick_workloads(key, data, known, mistakes)
@@ -217,6 +221,13 @@ def _ladder(key: str, data: list[int | str] | Mapping[str, Any], mistakes: _Mist
     if not steps or steps[-1] != high:
         mistakes.add(f"{key}.to", f"{data['to']!r} is not {data['from']!r} times a power of {factor}")
     return tuple(steps)
+
+
+def _refuse_parts(key: str, sizes: Iterable[int], dtypes: Iterable[str], mistakes: _Mistakes) -> None:
+    """A buffer has whole elements: 3 bytes of float32 would be measured as something else."""
+    for dtype, size in itertools.product(dtypes, sizes):
+        if size % DTYPE_BYTES[dtype]:
+            mistakes.add(f"{key}.sizes", f"{size} bytes are no whole number of {dtype} elements")
 
 
 def _pick_workloads(

@@ -49,6 +49,7 @@ DTYPES: Mapping[str, tuple[str, ...]] = {
     "collective": ("float32", "float16", "bfloat16"),
     "moe": ("bf16", "fp8"),
 }
+CODE_COLUMNS = 32  # of a row carry the oracle's code: 20 bits of token id, 12 of checksum
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "bf16": 2, "fp8": 1}
 
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True)

@@ -21,7 +21,7 @@ from typing import Any
 
 from ..backends.base import Context, Library, MissingLibrary, Program
 from . import document, domains, environment, nvml, programs, provenance, registry
-from .device import CpuDevice, Device, GpuDevice, ManualDevice
+from .device import CpuDevice, Device, ManualDevice, gpu
 from .document import Outcome, Place
 from .errors import InfraError, UserError
 from .heartbeat import Heartbeat
@@ -106,10 +106,11 @@ def set_up(
 ) -> Session:
     """Device, process group, backend, provenance: in this order, so that versions are read as loaded."""
     heart.beat("import torch", 0)
+    require_torch()
     manual = "manual" in backend.facts.devices
     device: Device = ManualDevice() if manual else CpuDevice()
     if cases["device"] == "gpu":
-        device = GpuDevice(where.local_rank)
+        device = gpu(where.local_rank)
     heart.beat("rendezvous", 0)
     gc.freeze()  # what set-up made is here to stay: no collection need look at it again
     ranks, group = join(where, device, heart)
@@ -131,6 +132,15 @@ def set_up(
     return Session(ranks, device, backend, place, align, heart.beat, session_key(cases), out, found, seconds)
 
 
+def require_torch() -> None:
+    """Raises UserError where the torch that is installed does not load."""
+    try:
+        import torch  # noqa: F401
+    except (ImportError, OSError) as error:
+        hint = "cx doctor says what is here; install torch anew"
+        raise UserError(f"torch does not load: {error}", hint) from error
+
+
 def join(where: Any, device: Device, heart: Heartbeat) -> tuple[Ranks, Any]:
     """The measured process group (gloo or NCCL/RCCL) and beside it a gloo group for control."""
     import torch.distributed as dist
@@ -148,14 +158,14 @@ def join(where: Any, device: Device, heart: Heartbeat) -> tuple[Ranks, Any]:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             raise PortTaken from error
         raise InfraError(f"rendezvous at port {where.master_port} failed: {error}") from error
-    gpu = device.kind != "cpu"
+    on_gpu = device.kind != "cpu"
     dist.init_process_group(
-        "nccl" if gpu else "gloo",
+        "nccl" if on_gpu else "gloo",
         store=store,
         rank=where.rank,
         world_size=where.world_size,
         timeout=timedelta(hours=2),
-        device_id=device.torch_device if gpu else None,
+        device_id=device.torch_device if on_gpu else None,
     )
     control = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
     ranks = TorchRanks(control, where.rank, where.world_size, where.local_rank, where.ranks_per_node)

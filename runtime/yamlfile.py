@@ -24,7 +24,7 @@ def read(path: Path, schema: str) -> Any:
     except ValueError as error:  # a date, a set, a key that is a number, an alias to itself
         hint = "use text, numbers, true, false, null, lists, and mappings whose keys are text"
         raise UserError(f"{shown(path)}: holds what JSON cannot: {error}", hint) from error
-    refuse(path, problems)
+    refuse(path, problems, f"schema/{schema}.v1.json says what such a file holds")
     return data
 
 
@@ -48,13 +48,13 @@ def parse(path: Path) -> Any:
         raise UserError(f"{shown(path)}: is nested too deeply") from error
 
 
-def refuse(path: Path, problems: Iterable[tuple[str, str]]) -> None:
+def refuse(path: Path, problems: Iterable[tuple[str, str]], hint: str | None = None) -> None:
     """Raise one UserError that lists all problems of a file, or return when there is none."""
     lines = [f"{shown(path)}:{key}: {what}" if key else f"{shown(path)}: {what}" for key, what in problems]
     if len(lines) > _SHOWN:
         lines = [*lines[:_SHOWN], f"... and {len(lines) - _SHOWN} more"]
     if lines:
-        raise UserError("\n       ".join(lines))
+        raise UserError("\n       ".join(lines), hint)
 
 
 def shown(path: Path) -> str:

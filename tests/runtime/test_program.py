@@ -24,7 +24,7 @@ from fault_cells import until
 
 from collectivex.backends.base import Ended, Start
 from collectivex.backends.nccl_tests import Backend
-from collectivex.runtime import environment, execute, matrix, program, summary, validate
+from collectivex.runtime import environment, matrix, preflight, program, summary, validate
 from collectivex.runtime.errors import UserError
 from collectivex.runtime.processes import worker_command
 from collectivex.runtime.sku import load_sku
@@ -361,11 +361,11 @@ def test_a_program_needs_no_launcher_of_ranks(bench: Any, tmp_path: Path) -> Non
 
 def test_this_python_needs_no_torch_for_programs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks do need it."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     cells = matrix.expand(load_suite("smoke"), load_sku("h200x4-nvlink"), ["nccl_tests"])
-    execute.require_torch(cells)
+    preflight.require_torch(cells)
     with pytest.raises(UserError, match="torch is not installed"):
-        execute.require_torch(matrix.expand(load_suite("smoke"), load_sku("h200x4-nvlink"), ["torch_dist"]))
+        preflight.require_torch(matrix.expand(load_suite("smoke"), load_sku("h200x4-nvlink"), ["torch_dist"]))
 
 
 def test_killed_outright_no_program_goes_on(tmp_path: Path) -> None:

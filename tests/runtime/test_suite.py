@@ -164,6 +164,14 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         small(workloads={"tiny": {"hidden": 8, "topk": 1, "experts": 8, "source": "x"}}),
         "mine.yaml:workloads.tiny: is already a shape of suites/workloads.yaml",
     ),
+    (
+        small(workloads={"w": {"hidden": 16, "topk": 2, "experts": 8, "source": "x"}}),
+        "mine.yaml:workloads.w.hidden: 16 is below 32, the columns in which the oracle codes a row",
+    ),
+    (
+        small(groups=[{**small()["groups"][0], "sizes": [3, 4]}]),
+        "mine.yaml:groups[0].sizes: 3 bytes are no whole number of float32 elements",
+    ),
 ]
 
 
