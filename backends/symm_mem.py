@@ -34,7 +34,7 @@ at once.
 
 What bounds it: a crossing is a fence that waits for the acknowledgement of all writes, a signal and a poll,
 2 to 3 us over NVLink. A pair has two, two launches, and the flight of the first rows. From some 32 tokens of
-7168 columns on it is bound by its rows: bytes to other ranks over the speed of the links.
+7168 columns on its rows take more: bytes to other ranks over the speed of the links (benchmarks/README.md).
 """
 
 from __future__ import annotations
