@@ -70,21 +70,40 @@ def check_collective(
     device: Device,
     phase: str = "before",
 ) -> list[Check]:
-    """One checked call: poison, fill, run, compare. Every rank calls it; two checks come back on each.
-
-    Out of place the input must be as it was. Where input and output share memory, only the output counts.
-    """
-    poison([call.output])
-    _fill(call.input, op, rank, ranks, input_set)
+    """One checked call: poison, fill, run, compare. Every rank calls it; two checks come back on each."""
+    prepare_collective(call, op, rank, ranks, input_set)
     device.synchronize()
     call.run()
     device.synchronize()
+    return check_left(call, op, rank, ranks, input_set, phase)
+
+
+def prepare_collective(call: CollectiveCall, op: str, rank: int, ranks: int, input_set: int) -> None:
+    """Poison the output, then fill the input: in place the one is part of the other."""
+    poison([call.output])
+    _fill(call.input, op, rank, ranks, input_set)
+
+
+def check_left(
+    call: CollectiveCall, op: str, rank: int, ranks: int, input_set: int, phase: str
+) -> list[Check]:
+    """What calls on this input set left: "output" and "inputs unchanged". The device is drained.
+
+    Out of place the input must be as it was. Where input and output share memory, only the output counts.
+    After several calls only where `repeats` says that each does the same.
+    """
     found = _output_detail(call, op, rank, ranks, input_set)
     kept = None if _overlap(call.input, call.output) else _input_detail(call, op, rank, ranks, input_set)
     return [
         Check("output", phase, found is None, detail=found),
         Check("inputs unchanged", phase, kept is None, detail=kept),
     ]
+
+
+def repeats(call: CollectiveCall, op: str) -> bool:
+    """Whether a second call on what the first left does the same. In place, only where nobody's own part
+    changes: sums grow, and exchanged parts go on to the next rank."""
+    return op in ("all_gather", "gather", "broadcast", "scatter") or not _overlap(call.input, call.output)
 
 
 def modulus(op: str, ranks: int, dtype: torch.dtype) -> int:
