@@ -65,11 +65,9 @@ def command(args: argparse.Namespace) -> int:
             execution.run()
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept; run again with --resume to go on", file=sys.stderr)
-        execution.account(Status.NOT_RUN, "interrupted")
+        execution.conclude(Status.NOT_RUN, "interrupted")
     except CollectiveXError as error:
-        # a full disk takes no more records; the first error counts
-        with contextlib.suppress(CollectiveXError):
-            execution.account(Status.NOT_RUN, f"stopped: {error.message}")
+        execution.conclude(Status.NOT_RUN, f"stopped: {error.message}")
         raise
     return report(out)
 
@@ -143,7 +141,8 @@ class Execution:
             limits=tuple(self.sku.all_limits()),
             nodes_per_domain=self.sku.nodes_per_domain,
         )
-        self.positions = {p.cell.id: index for index, p in enumerate(self.planned)}
+        self.positions = {p.cell.id: p.position for p in self.planned}
+        self.failed: set[str] = set()  # ids of cells that this execution has tried in vain
 
     def run(self) -> None:
         """Every shard in turn. Host names are hashed with a key that lies beside the logs only meanwhile."""
@@ -171,14 +170,14 @@ class Execution:
             finally:
                 self.clean(shard)
             if crash is not None:
-                self.note_teardown(shard, crash)
+                self.note_teardown(shard, *crash)
             self.look_after(shard, sorted(set(self.rank_logs(shard)) - earlier))
             if self.fail_fast and not all(self.manifest.is_good(cell.id) for cell in shard.cells):
                 self.account(Status.NOT_RUN, "an earlier cell failed and --fail-fast was given")
                 return
 
     def shards(self) -> list[Shard]:
-        """One backend and run each, in the planned order; backends in reverse in odd runs (A B, B A, ...)."""
+        """One backend and run each, in the planned order."""
         shards: dict[tuple[int, str], Shard] = {}
         for item in self.planned:
             cell = item.cell
@@ -189,11 +188,7 @@ class Execution:
                 (cell.run, cell.case.backend), Shard(name, cell.case.backend, cell.run, [])
             )
             shard.cells.append(cell)
-        ordered = []
-        for run in sorted({run for run, _ in shards}):
-            of_run = [shard for (r, _), shard in shards.items() if r == run]
-            ordered += of_run[::-1] if run % 2 else of_run
-        return ordered
+        return list(shards.values())
 
     def environ(self, name: str) -> dict[str, str]:
         """What pool, network, prepared library and backend set in every process that we start."""
@@ -243,8 +238,9 @@ class Execution:
         return self.out / "cells" / f"{cell.id}.json"
 
     def done(self, cell: Cell) -> bool:
-        """Whether an earlier execution into this folder (--resume) left a completed record."""
-        return self.manifest.status(cell.id) in COMPLETED
+        """Whether an earlier execution into this folder (--resume) left a completed record, or this one has
+        tried it: a node that has to be replaced gives a library no second try."""
+        return cell.id in self.failed or self.manifest.status(cell.id) in COMPLETED
 
     def set_aside(self, cell: Cell) -> None:
         """A record that --resume is about to replace is kept beside the logs."""
@@ -273,6 +269,13 @@ class Execution:
         result["failure"] = ending.failure
         write_json(self.path(cell), result)
         self.manifest.set(cell.id, ending.status)
+        if ending.status in (Status.FAILED, Status.TIMEOUT):
+            self.failed.add(cell.id)
+
+    def conclude(self, status: Status, reason: str) -> None:
+        """`account` at an early end, whose own reason counts: a full disk takes no more records."""
+        with contextlib.suppress(CollectiveXError):
+            self.account(status, reason)
 
     def account(self, status: Status, reason: str) -> None:
         """Every cell that has no record gets one."""
@@ -315,9 +318,12 @@ class Execution:
             raise
 
     def withhold(self, shard: Shard, reason: str) -> None:
-        """The shard's `ok` cells become `infra`; what they said is kept beside the logs."""
+        """What the shard ran becomes `infra`, wrong answers and crashes too: they may be the node's. What the
+        cells said is kept beside the logs."""
+        ran = (Status.OK, Status.INCORRECT, Status.IMPLAUSIBLE, Status.FAILED, Status.TIMEOUT)
         for cell in shard.cells:
-            if self.manifest.status(cell.id) is Status.OK:
+            if self.manifest.status(cell.id) in ran:
+                self.failed.discard(cell.id)
                 samples = json.loads(self.path(cell).read_text())["samples"]
                 self.set_aside(cell)
                 if samples is not None:
@@ -326,10 +332,10 @@ class Execution:
                 self.record(cell, Ending(Status.INFRA, scrub(reason)))
                 self.progress.event("infra", cell.id)
 
-    def note_teardown(self, shard: Shard, crash: str) -> None:
-        """A crash after all results were written stands apart from them."""
+    def note_teardown(self, shard: Shard, crash: str, cells: Sequence[Cell]) -> None:
+        """A crash after all results of a group were written stands apart from them."""
         print(f"warning: {shard.name}: {crash}", file=sys.stderr)
-        for cell in shard.cells:
+        for cell in cells:
             path = self.path(cell)
             result = json.loads(path.read_text())
             if result["teardown"] is None and result["measurements"]:

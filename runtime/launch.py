@@ -90,13 +90,14 @@ class Launch:
             self.conduct(execution, given[0] if given else None)
         except KeyboardInterrupt:
             say("interrupted: what was measured is kept; run again with --resume to go on")
-            execution.account(Status.NOT_RUN, "interrupted, or told to end by the scheduler")
+            execution.conclude(Status.NOT_RUN, "interrupted, or told to end by the scheduler")
         except CollectiveXError as error:
             print(f"error: {scrub(str(error))}", file=sys.stderr)
-            execution.account(status_of(error), scrub(error.message))
-        if stage is not None and execution.out == stage.out:
-            say(f"staging: {stage.bring_back(self.out)} results copied back")
-            stage.remove()
+            execution.conclude(status_of(error), scrub(error.message))
+        finally:
+            if stage is not None and execution.out == stage.out:
+                say(f"staging: {stage.bring_back(self.out)} results copied back")
+                stage.remove()
         return execute.report(self.out)
 
     def execution(self, suite: Suite, planned: Sequence[Planned], manifest: Manifest, out: Path) -> Execution:
@@ -123,7 +124,8 @@ class Launch:
                 name, wait_s = f"cx-{execution.place.execution}", self.pool.wait_minutes * 60
                 with allocated(asked, name, wait_s, say) as job:
                     self.on_job(job, execution)
-                if Status.INFRA not in execution.manifest.cells.values() or not retries_left:
+                infra = Status.INFRA in execution.manifest.cells.values()
+                if not infra or not retries_left or execution.fail_fast:
                     return
                 say("retrying what the machine failed")
             except (Unhealthy, AllocationLost) as error:

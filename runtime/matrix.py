@@ -201,10 +201,17 @@ def _list(values: Iterable[str]) -> str:
 
 
 def _ordered(suite: Suite, cases: list[tuple[Case, str | None]], runs: int) -> list[Planned]:
-    planned = []
+    """Run after run; within one the cells of a backend together, since they share a group of processes, and
+    the backends in reverse in odd runs (A B, B A, ...)."""
+    planned: list[tuple[Cell, str | None]] = []
     for run in range(runs):
         order = list(cases)
         if suite.order == "shuffled":
             random.Random(f"{suite.seed}/{run}").shuffle(order)
-        planned += [(Cell(case, run), reason) for case, reason in order]
+        by_backend: dict[str, list[tuple[Cell, str | None]]] = {}
+        for case, reason in order:
+            by_backend.setdefault(case.backend, []).append((Cell(case, run), reason))
+        groups = list(by_backend.values())
+        for group in reversed(groups) if run % 2 else groups:
+            planned += group
     return [Planned(cell, reason, position) for position, (cell, reason) in enumerate(planned)]

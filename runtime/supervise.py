@@ -12,7 +12,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,7 +52,6 @@ class Shard:
     backend: str
     run: int
     cells: list[Cell]
-    positions: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,9 @@ class Watch:
     setup_s: float = 600.0
 
 
-def supervise(shard: Shard, logs: Path, watch: Watch) -> str | None:
-    """Run every cell of the shard to a record. Returns the teardown crash, if there was one.
+def supervise(shard: Shard, logs: Path, watch: Watch) -> tuple[str, list[Cell]] | None:
+    """Run every cell of the shard to a record. Returns the teardown crash, if there was one, and the cells of
+    the group that it ended.
 
     Raises KeyboardInterrupt after killing the group; cells without a record are the caller's to account for.
     """
@@ -98,7 +98,8 @@ def supervise(shard: Shard, logs: Path, watch: Watch) -> str | None:
             group.kill()
         left = [cell for cell in remaining if not watch.has_result(cell)]
         if not left:
-            return end.teardown()
+            crash = end.teardown()
+            return None if crash is None else (crash, remaining)
         if end.port_taken and port_retries < MAX_PORT_RETRIES:
             port_retries += 1
             continue

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from collectivex.runtime import cli, detect, launch, scrub, sku, slurm, suite
+from collectivex.runtime import cli, detect, execute, launch, scrub, sku, slurm, suite
+from collectivex.runtime.errors import InfraError
 from collectivex.runtime.yamlfile import ROOT
 
 SITE = ROOT / "tests" / "golden" / "launch" / "example-site.yaml"
@@ -358,6 +359,32 @@ def test_a_stage_that_cannot_be_made_is_a_record(
     assert code == 3
     assert "staging failed" in out
     assert not any("/dev/null" in p.read_text() for p in tmp_path.glob("out/cells/*.json"))
+
+
+def test_what_was_measured_comes_back_from_the_stage_when_its_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The account of what did not run cannot be written then; the first error counts, and nothing is lost."""
+
+    def full(self: launch.Launch, execution: execute.Execution, given: str | None) -> None:
+        (execution.out / "cells").mkdir()
+        (execution.out / "cells" / "measured.r0.json").write_text("{}")
+        monkeypatch.setattr(execute.Execution, "record", full_disk)
+        raise InfraError("no space left on device", "free some and run again with --resume")
+
+    def full_disk(*arguments: object) -> None:
+        raise InfraError("no space left on device")
+
+    monkeypatch.setattr(launch.Launch, "conduct", full)
+    site = tmp_path / "facts.yaml"
+    pool = f"{{stage_folder: {tmp_path / 'stage'}, image_folder: /shared/images}}"
+    site.write_text(f"schema: collectivex.site.v1\npools: {{h100-dgxc: {pool}}}\n")
+    (tmp_path / "stage").mkdir()
+    code, _, err = cx(capsys, *words(tmp_path / "out", "--backend", "torch_dist", site=site))
+    assert code != 0
+    assert "no space left on device" in err
+    assert (tmp_path / "out" / "cells" / "measured.r0.json").exists()
+    assert not list((tmp_path / "stage").iterdir())
 
 
 @pytest.mark.parametrize(

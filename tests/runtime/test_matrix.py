@@ -248,6 +248,16 @@ def test_runs_repeat_the_matrix_and_positions_count_on(backends: Any) -> None:
     assert len({p.cell.id for p in found}) == 12
 
 
+def test_the_plan_is_in_the_order_of_measuring(backends: Any) -> None:
+    """The cells of a backend share processes, so they come together, and odd runs go through the backends
+    backwards; `position` in a result is this place, also under --only."""
+    backends(Stub("a", variant("x", "normal")), Stub("b", variant("x", "normal")))
+    found = expand(a_suite(moe(tokens=(1, 2)), moe(tokens=(4,))), LOCAL, runs=2)
+    names = "".join(p.cell.case.backend for p in found)
+    assert names == "aaabbbbbbaaa"
+    assert [p.position for p in found] == list(range(12))
+
+
 def test_a_shuffled_suite_has_another_order_in_each_run_and_the_same_tomorrow(backends: Any) -> None:
     """Drift of the machine must not fall on the same cells each time, and a plan must be repeatable."""
     backends(Stub("a", variant("x", "normal")))

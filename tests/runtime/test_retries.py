@@ -49,8 +49,9 @@ class Failing(Processes):
             raise Unhealthy([f"{when} measuring: GPU 3 is held back: hw-thermal"], ["n7"])
 
 
-def execution(tmp_path: Path) -> Execution:
-    (tmp_path / "one.yaml").write_text(SUITE)
+def execution(tmp_path: Path, fault: str = "") -> Execution:
+    tmp_path.mkdir(exist_ok=True)
+    (tmp_path / "one.yaml").write_text(SUITE.replace("}}", f", fault: {fault}}}}}") if fault else SUITE)
     argv = ["run", "--suite", str(tmp_path / "one.yaml"), "--backend", "fake", "--ranks", "2"]
     args = cli.parser().parse_args([*argv, "--out", str(tmp_path / "out")])
     suite, sku, planned = execute.plan(args)
@@ -76,6 +77,30 @@ def test_a_gpu_that_throttled_meanwhile_makes_its_cells_infra(tmp_path: Path) ->
     assert len(list((tmp_path / "out" / "logs" / "superseded").iterdir())) == 2, "the record and its samples"
     assert cli.main(["validate", str(tmp_path / "out")]) == 0
     assert cli.main(["summarize", str(tmp_path / "out")]) == 3
+
+
+@pytest.mark.parametrize("fault", ["wrong-expert", "crash"])
+def test_a_wrong_answer_or_a_crash_on_an_unfit_node_is_not_the_librarys(tmp_path: Path, fault: str) -> None:
+    """It becomes `infra`, so another node measures it again."""
+    found = execution(tmp_path, fault)
+    found.mechanism = Failing("after")
+    with pytest.raises(Unhealthy):
+        found.run()
+
+    assert record(tmp_path)["status"] == "infra"
+    assert "hw-thermal" in record(tmp_path)["reason"]
+    assert not found.done(found.planned[0].cell)
+
+
+def test_a_library_that_failed_gets_no_second_try_because_of_another_cells_node(tmp_path: Path) -> None:
+    """The retry of a launch goes over what the machine failed; --resume, a new execution, over this too."""
+    found = execution(tmp_path, "crash")
+    found.run()
+
+    assert record(tmp_path)["status"] == "failed"
+    assert [] == found.shards()
+    found.failed.clear()  # as in a new execution
+    assert 1 == len(found.shards())
 
 
 def test_an_unfit_node_is_not_measured_on(tmp_path: Path) -> None:
@@ -123,15 +148,31 @@ class Jobs:
             raise ending
 
 
-def conduct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *endings: Exception | None) -> Jobs:
+def conduct(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *endings: Exception | None,
+    infra: bool = False,
+    **options: bool,
+) -> Jobs:
     jobs = Jobs(list(endings))
     monkeypatch.setattr(launch, "allocated", jobs.allocated)
     monkeypatch.setattr(Launch, "on_job", lambda *arguments: jobs.on_job(*arguments))
     monkeypatch.setattr(Launch, "container", lambda self, job: None)
-    args = argparse.Namespace(resume=False, fail_fast=False)
+    args = argparse.Namespace(resume=False)
     pool = Pool(image_folder="/i", exclude=("bad0",))
-    Launch(args, load_sku("h100-dgxc"), pool, tmp_path / "out").conduct(execution(tmp_path), None)
+    found = execution(tmp_path)
+    found.fail_fast = options.get("fail_fast", False)
+    if infra:
+        found.manifest.set(found.planned[0].cell.id, Status.INFRA)
+    Launch(args, load_sku("h100-dgxc"), pool, tmp_path / "out").conduct(found, None)
     return jobs
+
+
+def test_fail_fast_does_not_try_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An `infra` cell makes a launch try twice more, unless the first failure was to be the end."""
+    assert 3 == len(conduct(tmp_path / "a", monkeypatch, None, None, None, infra=True).asked)
+    assert 1 == len(conduct(tmp_path / "b", monkeypatch, None, infra=True, fail_fast=True).asked)
 
 
 def test_bad_nodes_are_avoided_the_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,7 +147,18 @@ def test_a_crash_in_teardown_stands_apart_from_the_results(tmp_path) -> None:
     told = world.run(tmp_path)
 
     assert {} == world.records
-    assert "after all results were written, rank 1 killed by SIGABRT" == told
+    assert ("after all results were written, rank 1 killed by SIGABRT", list(CELLS)) == told
+
+
+def test_a_crash_in_teardown_is_that_of_the_cells_of_its_group(tmp_path) -> None:
+    """A group before it ended well, or otherwise: its cells have nothing to do with it."""
+    world = World(([0], {0: 0, 1: -11}, 1, {}), ([2], {0: 0, 1: -6}, None, {}))
+
+    told = world.run(tmp_path)
+
+    assert [CELLS[1].id] == list(world.records)
+    assert told is not None
+    assert [CELLS[2]] == told[1]
 
 
 def test_a_worker_that_finds_its_port_taken_says_so_by_its_exit_code(tmp_path) -> None:
