@@ -83,6 +83,16 @@ def test_json_holds_every_cell_with_its_case(capsys: pytest.CaptureFixture[str])
     assert totals["cells"] == len(plan["cells"]) == totals["to_run"] + totals["unsupported"]
 
 
+def test_json_is_written_a_cell_a_line_and_says_what_the_data_say(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Cells are encoded one by one, cases once: the text is that of the whole document all the same."""
+    (plan,) = planning.make(["smoke"], ["local"])
+    text = said(capsys, "plan", "--suite", "smoke", "--sku", "local", "--format", "json")
+    assert json.loads(text) == json.loads(json.dumps(planning.to_json(plan)))
+    assert text.count("\n") == len(plan.cells) + 2
+
+
 def test_leaving_out_suite_and_sku_gives_the_totals_of_all(capsys: pytest.CaptureFixture[str]) -> None:
     """One line for each pair; in JSON the list of their plans."""
     lines = said(capsys, "plan").splitlines()
