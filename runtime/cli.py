@@ -210,7 +210,8 @@ def _summarize(commands: Any) -> None:
     p = _command(commands, "summarize", ".summary", "results as a table; the exit code is the gate")
     _folders(p)
     _format(p, ("text", "markdown", "json"))
-    _choice(p, "--percentile", ("p50", "p90", "p95", "p99"), "which one the tables show", default="p50")
+    percentiles = ("p50", "p90", "p95", "p99", "mean", "max")
+    _choice(p, "--percentile", percentiles, "which one over iterations the tables show", default="p50")
     _choice(p, "--regime", REGIMES, "only tables of this regime; may be repeated", action="append")
 
 

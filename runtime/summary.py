@@ -2,18 +2,26 @@
 
 The JSON form, schema "collectivex.summary.v1" (times in microseconds, bandwidths in GB/s, 1 GB = 1e9 bytes):
 
-    contract, percentile            of this CollectiveX; the percentile that `us` is
+    contract, percentile            of this CollectiveX; what `us` is: p50, p90, p95, p99, mean or max
     gate            exit_code, because, requested, counts {status: cells}, problems
     executions      path, name, suite, sku, contract, created_at, complete, requested
     tables          group {family, name, shape, dtype, routing, seed, mode, ranks, nodes, topology_class,
                     regime, contract}, component, headline, formula, lines
       lines         at (bytes or tokens per rank), comparison_key, entries
         entries     label, backend, variant, sku, execution, knobs, case_id, cells, status, reason, runs,
-                    measured_runs, us, interval [low, high], inference, p99_us, GBps {formula: value}, share,
-                    limit {name, GBps, kind, source}, contract_only, settled, standing, ratio
+                    measured_runs, us, us_reason, interval [low, high], interval_reason, inference, p99_us,
+                    p99_reason, mean_us, max_us, over_ranks {min, spread}, GBps {formula: value}, bandwidth
+                    {formula: {per_rank, aggregate}}, share, limit {name, GBps, kind, source}, contract_only,
+                    settled, standing, ratio
     not_ok          status, reason, cells
     warnings        text, cells
     problems        path, reason
+
+A time or interval that the samples cannot give is null, and its reason says why: a percentile above the
+median needs as many samples as its interval does. over_ranks has the minimum over ranks and the spread (the
+maximum minus it), at the percentile of `us`. GBps is at `us` and as the formula's source quotes it, a rank's
+mean or the total; bandwidth has both, per_rank (the mean over ranks) and aggregate, each at_us, at_mean and
+at_max: over `us`, and over the mean and the maximum of a run's iterations.
 """
 
 from __future__ import annotations
@@ -27,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from . import gate, wording
+from .bandwidth import shared_out
 from .errors import UserError
 from .reading import Execution, Problem, Reading, read
 from .tables import Entry, Table, tables
@@ -62,14 +71,13 @@ class Summary:
 def command(args: argparse.Namespace) -> int:
     """Print the summary; the exit code is the gate's.
 
-    args: dirs, format; and where the parser offers them, percentile ("p50"...) and regime (a list of them).
+    args: dirs, format; and where the parser offers them, percentile ("p50", "mean"...) and regime (a list).
     """
     options = vars(args)
     summary = read_summary(args.dirs, options.get("percentile") or "p50", options.get("regime") or ())
     verdict = summary.verdict
     if args.format == "json":
-        json.dump(to_json(summary), sys.stdout, indent=1, allow_nan=False)
-        sys.stdout.write("\n")
+        sys.stdout.writelines(f"{line}\n" for line in _json_lines(to_json(summary)))
     elif args.format == "markdown":
         sys.stdout.writelines(f"{line}\n" for line in markdown(summary))
     else:
@@ -283,7 +291,7 @@ def _table_json(table: Table) -> dict[str, Any]:
         {
             "at": line.at,
             "comparison_key": line.key,
-            "entries": [_entry_json(entry) for entry in line.entries],
+            "entries": [_entry_json(entry, table.group.ranks) for entry in line.entries],
         }
         for line in table.lines
     ]
@@ -296,7 +304,34 @@ def _table_json(table: Table) -> dict[str, Any]:
     }
 
 
-def _entry_json(entry: Entry) -> Mapping[str, Any]:
+def _json_lines(document: Mapping[str, Any]) -> Iterator[str]:
+    """A document as text, an item of its lists a line: `indent` would be a slow encoder for many numbers."""
+
+    def encoded(value: Any) -> str:
+        return json.dumps(value, allow_nan=False)
+
+    for opening, (name, value) in zip(["{", *[","] * len(document)], document.items(), strict=False):
+        items = ",\n".join(map(encoded, value)) if isinstance(value, list) else None
+        text = encoded(value) if items is None else f"[\n{items}\n]"
+        yield f"{opening}{encoded(name)}: {text}"
+    yield "}"
+
+
+def _bandwidth(entry: Entry, ranks: int) -> Mapping[str, Any] | None:
+    """formula -> per rank and in all -> GB/s over the time shown, the mean and the maximum."""
+    if entry.us_GBps is None:
+        return None
+    over = {"at_us": entry.us, "at_mean": entry.mean_us, "at_max": entry.max_us}
+    return {
+        name: {
+            whose: {at: rate / us if us else None for at, us in over.items()}
+            for whose, rate in shared_out(name, quoted, ranks).items()
+        }
+        for name, quoted in entry.us_GBps.items()
+    }
+
+
+def _entry_json(entry: Entry, ranks: int) -> Mapping[str, Any]:
     way = entry.way
     return {
         "label": entry.label,
@@ -312,10 +347,17 @@ def _entry_json(entry: Entry) -> Mapping[str, Any]:
         "runs": entry.runs,
         "measured_runs": entry.measured_runs,
         "us": entry.us,
+        "us_reason": entry.us_reason,
         "interval": entry.interval,
+        "interval_reason": entry.interval_reason,
         "inference": entry.inference,
         "p99_us": entry.p99_us,
+        "p99_reason": entry.p99_reason,
+        "mean_us": entry.mean_us,
+        "max_us": entry.max_us,
+        "over_ranks": entry.over_ranks,
         "GBps": entry.GBps,
+        "bandwidth": _bandwidth(entry, ranks),
         "share": entry.share,
         "limit": entry.limit._asdict() if entry.limit else None,
         "contract_only": entry.contract_only,

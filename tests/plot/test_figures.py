@@ -228,6 +228,13 @@ def test_the_title_says_what_and_the_subtitle_where_and_when(tmp_path: Path) -> 
     assert "no inference" in said
 
 
+def test_the_caption_says_where_samples_are_means_of_blocks(tmp_path: Path) -> None:
+    """In a chain a percentile is over blocks, from a drained device over calls."""
+    found = summary(tmp_path, sweep())
+    assert "means of blocks of calls" in texts(drawn(found, "chained"))
+    assert "means of blocks" not in texts(drawn(found))
+
+
 def test_zero_tokens_and_zero_times_do_not_break_a_log_axis(tmp_path: Path) -> None:
     """A rank may have nothing to send, and a coarse clock may read 0: neither has a place on the axis."""
     documents = [*ladder(0, 1, 64), result(moe_case(256), us=0.0)]
