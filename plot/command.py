@@ -57,7 +57,7 @@ def draw(summary: Summary, out: Path) -> list[Path]:
 def _styles(summary: Summary) -> dict[str, style.Style]:
     """One style for each way, over all figures."""
     entries = (entry for table in summary.tables for line in table.lines for entry in line.entries)
-    return style.styles(entry.label for entry in entries)
+    return style.styles((entry.label, entry.way.backend) for entry in entries)
 
 
 def draw_folders(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
