@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from factory import collective_case, execution, moe_case, result, suite_results
 
-from collectivex.runtime import summary, wording
+from collectivex.runtime import summary, summary_json, wording
 from collectivex.runtime.cli import main
 from collectivex.runtime.records import Limit
-from collectivex.runtime.summary import markdown, read_summary, text, to_json
+from collectivex.runtime.summary import markdown, read_summary, text
+from collectivex.runtime.summary_json import to_json
 from collectivex.runtime.types import comparison_key
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +88,7 @@ def test_the_json_form_has_the_keys_its_documentation_names(suite: Path) -> None
             return set(value) | {k for name, v in value.items() if name not in free for k in keys(v)}
         return {key for inner in value for key in keys(inner)} if isinstance(value, list) else set()
 
-    documented = set(re.findall(r"\w+", summary.__doc__ or ""))
+    documented = set(re.findall(r"\w+", summary_json.__doc__ or ""))
     assert keys(to_json(read_summary([suite]))) - documented == set()
 
 
