@@ -25,6 +25,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,11 @@ LL_HIDDEN = (2048, 2560, 4096, 5120, 6144, 7168, 8192)
 LL_TOPK = 9
 PROBE_BYTES = 4096
 LARGEST_LL = 1024  # tokens: its four buffers then take 14 GiB a rank for DeepSeek-V3
+
+_GIVEN = (
+    "where no NIC can register GPU memory, over a buffer that the adapter allocates on the device in place "
+    "of uccl.ep.get_rdma_buffer, which would take host memory and hang (knob device_memory_given = 1)"
+)
 
 _HINT = f"`cx prepare --backend uccl_ep` installs uccl {VERSION} and the wrapper of the same commit"
 
@@ -71,7 +77,12 @@ FACTS = Facts(
         versions={"uccl": VERSION, "deep_ep": "0.1.0"},
     ),
     devices=("cuda",),
-    variants=_deepep_buffer.VARIANTS,
+    variants=tuple(
+        replace(v, window={name: f"{what}; {_GIVEN}" for name, what in v.window.items()})
+        if v.name == "ll"
+        else v
+        for v in _deepep_buffer.VARIANTS
+    ),
     knobs=("num_sms",),
     validated=("cuda",),
 )

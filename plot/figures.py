@@ -77,7 +77,7 @@ def draw(plan: Plan, styles: Mapping[str, style.Style]) -> Figure:
     shown = _labels(plan.tables)
     said = [line for part in caption(plan.tables) for line in textwrap.wrap(part, 150)]
     heading = textwrap.wrap(plan.title, 88)
-    columns = max(1, min(len(shown), int(104 / (max(map(len, shown)) + 7))))
+    columns = max(1, min(len(shown), int(104 / (max(map(len, shown)) + 8))))
     legend_rows = math.ceil(len(shown) / columns)
     top = 0.42 + 0.24 * len(heading) + 0.23 * legend_rows
     bottom = 0.62 + 0.17 * len(said)
@@ -109,7 +109,7 @@ def draw(plan: Plan, styles: Mapping[str, style.Style]) -> Figure:
         loc="upper left",
         bbox_to_anchor=(x - 0.008, 1 - (below + 0.17) / height),
         ncols=columns,
-        handlelength=2.6,
+        handlelength=3.4,
         columnspacing=1.8,
         borderpad=0.2,
     )
@@ -197,7 +197,9 @@ def _line(axes: Axes, points: Sequence[int], series: Series, of: style.Style, ho
         [b - m for m, b in zip(middle, high, strict=True)],
     ]
     clipped = [[max(e, 0.0) for e in side] for side in errors]
-    axes.errorbar(points, middle, yerr=clipped, fmt="none", ecolor=of.colour, elinewidth=1.3, zorder=2)
+    axes.errorbar(
+        points, middle, yerr=clipped, fmt="none", ecolor=of.colour, elinewidth=1.3, capsize=2.5, zorder=2
+    )
     axes.plot(
         points,
         middle,
@@ -211,8 +213,6 @@ def _line(axes: Axes, points: Sequence[int], series: Series, of: style.Style, ho
         markeredgewidth=1.2 if hollow else 0.5,
         zorder=3,
     )
-    if not hollow:
-        axes.fill_between(points, low, high, color=of.colour, alpha=0.16, linewidth=0, zorder=1)
 
 
 def _scale(axes: Axes, table: Table, points: Sequence[int], seen: Sequence[float]) -> None:

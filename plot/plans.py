@@ -113,6 +113,8 @@ def caption(tables: Sequence[Table]) -> list[str]:
             f"95 % interval within a run ({count} run{'' if count == '1' else 's'}: no inference on the next)"
         )
     points = f"Points: {tables[0].percentile} over iterations ({_reductions(tables)}), median over runs."
+    if tables[0].group.regime in wording.OF_BLOCKS:
+        points += " Samples of a call or roundtrip are means of blocks of calls."
     points += f" Bars: {sure}."
     if any(entry.status is Status.IMPLAUSIBLE for entry in entries):
         points += " Hollow: implausible, withheld from ranking."

@@ -9,10 +9,14 @@ from typing import Any, NamedTuple
 # The report replaces these four by its theme's colours, so nothing else in a figure may use them.
 INK, MUTED, GRID, PAPER = "#1b1f25", "#59626d", "#dde1e6", "#fefefe"
 
-# Okabe and Ito, "Color Universal Design" (2008), without yellow and black, which one of the themes swallows.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
+# Okabe and Ito, "Color Universal Design" (2008), without yellow and black, which a theme swallows; and four
+# more, as far from these and each other, also as colour-blind readers see them (Machado et al., 2009).
+COLOURS = (
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
+    *("#bb2288", "#8855ee", "#99bb99", "#cc1133"),
+)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h", "<", "*", ">", "p")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (3, 1.2, 0.9, 1.2)))
 
 RC: Mapping[str, Any] = {
     "font.family": ["sans-serif"],
@@ -47,12 +51,22 @@ class Style(NamedTuple):
     dash: Any
 
 
-def styles(labels: Iterable[str]) -> dict[str, Style]:
-    """One style a label, the same in every figure; they differ in colour, then marker, then dash."""
-    made = {}
-    for index, label in enumerate(sorted(set(labels))):
-        dash = DASHES[index // len(COLOURS) % len(DASHES)]
-        made[label] = Style(COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)], dash)
+def styles(ways: Iterable[tuple[str, str]]) -> dict[str, Style]:
+    """One style a label, the same in every figure. ways: (label, backend).
+
+    Where the colours suffice each label has its own, else each backend. The labels of a backend differ in
+    marker and dash, and those of different backends that share a dash in marker.
+    """
+    ordered = sorted({(backend, label) for label, backend in ways})
+    backends = sorted({backend for backend, _ in ordered})
+    made: dict[str, Style] = {}
+    for index, (backend, label) in enumerate(ordered):
+        of_backend = backends.index(backend)
+        nth = sum(other == backend for other, _ in ordered[:index])
+        colour = COLOURS[(index if len(ordered) <= len(COLOURS) else of_backend) % len(COLOURS)]
+        # 5 shares no factor with the number of markers: a backend comes round after all of them.
+        marker = MARKERS[(of_backend + 5 * nth) % len(MARKERS)]
+        made[label] = Style(colour, marker, DASHES[nth % len(DASHES)])
     return made
 
 

@@ -93,6 +93,13 @@ def gbps(
     return moved / time_us / 1e3  # bytes per microsecond are MB/s
 
 
+def shared_out(name: str, quoted: float, ranks: int) -> dict[str, float]:
+    """A bandwidth as its formula's source quotes it, per rank (the mean over ranks) and in all."""
+    if FORMULAS[name].quoted == "total":
+        return {"per_rank": quoted / ranks, "aggregate": quoted}
+    return {"per_rank": quoted, "aggregate": quoted * ranks}
+
+
 def limit_share(achieved_gbps: float, limit_gbps: float) -> float:
     """Achieved over limit, both in GB/s of one direction of one rank; see `implausible`."""
     return achieved_gbps / limit_gbps

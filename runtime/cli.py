@@ -189,6 +189,8 @@ def _list(commands: Any) -> None:
     p = _command(commands, "list", ".listing", "show what there is to choose from")
     what = ("backends", "suites", "skus", "workloads")
     p.add_argument("what", choices=what, metavar="list", help=", ".join(what))
+    names = "some of the list only; of a backend everything that it declares"
+    p.add_argument("names", nargs="*", metavar="name", help=names)
     _format(p, _FORMATS)
 
 
@@ -210,7 +212,8 @@ def _summarize(commands: Any) -> None:
     p = _command(commands, "summarize", ".summary", "results as a table; the exit code is the gate")
     _folders(p)
     _format(p, ("text", "markdown", "json"))
-    _choice(p, "--percentile", ("p50", "p90", "p95", "p99"), "which one the tables show", default="p50")
+    percentiles = ("p50", "p90", "p95", "p99", "mean", "max")
+    _choice(p, "--percentile", percentiles, "which one over iterations the tables show", default="p50")
     _choice(p, "--regime", REGIMES, "only tables of this regime; may be repeated", action="append")
 
 
@@ -341,10 +344,11 @@ def completion(args: argparse.Namespace) -> int:
     from . import registry, sku, suite
 
     known = {"--suite": suite.names(), "--sku": sku.names(), "--backend": registry.visible()}
+    known["names"] = [*known["--backend"], *known["--suite"], *known["--sku"]]  # of `cx list`
     top = parser()
     for command in top.commands().values():
         for action in command._actions:
-            for option in action.option_strings:
+            for option in action.option_strings or [action.dest]:
                 if option in known:
                     action.choices = known[option]
     print(shtab.complete(top, args.shell))

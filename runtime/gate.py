@@ -144,10 +144,10 @@ def _launch_bound(records: Iterable[Record]) -> Note | None:
     `fresh` times are the host's, and tell nothing of the library until it is faster."""
     found = []
     for record in records:
-        period = {(row.component, row.regime): row.percentiles[0] for row in record.rows}
+        period = {(row.component, row.regime): row.times[0] for row in record.rows}
         for (component, regime), us in period.items():
             replayed = period.get((component, "graph"))
-            if regime == "chained" and replayed and us > LAUNCH_BOUND * replayed:
+            if regime == "chained" and us and replayed and us > LAUNCH_BOUND * replayed:
                 found.append((us / replayed, record.cell_id))
     if not found:
         return None

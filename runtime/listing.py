@@ -9,20 +9,40 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..backends.base import Variant
-from . import registry, sku, suite
+from . import declared, registry, sku, suite
+from .errors import unknown
 from .types import REGIMES
 
 KINDS = ("backends", "suites", "skus", "workloads")
+_MORE = "cx list backends NAME: what each timed window contains, layouts, how combine adds up, knobs, limits"
 
 
 def command(args: argparse.Namespace) -> int:
-    """Print one list, as an aligned table or as JSON."""
-    rows = _LISTS[args.what]()
+    """Print one list, or the rows of some names, as an aligned table or as JSON. args: what, names, format.
+
+    Of backends JSON has everything that they declare; so has the text for names, where the table has no room.
+    """
+    rows = _some(args.what, _LISTS[args.what](), args.names)
+    backends = [registry.load(row["backend"]) for row in rows] if args.what == "backends" else []
     if args.format == "json":
-        print(json.dumps(rows, indent=1))
+        more = [declared.to_json(backend) for backend in backends] or [{}] * len(rows)
+        print(json.dumps([{**row, **facts} for row, facts in zip(rows, more, strict=True)], indent=1))
+    elif backends and args.names:
+        print("\n\n\n".join(map(declared.to_text, backends)))
     else:
         print(table(list(rows[0]), [[_cell(v) for v in row.values()] for row in rows]) if rows else "none")
+        if backends:
+            print(f"\n{_MORE}")
     return 0
+
+
+def _some(what: str, rows: list[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of these names in their order, or all. Raises UserError for a name that is not there."""
+    by_name = {next(iter(row.values())): row for row in rows}
+    for name in names:
+        if name not in by_name:
+            raise unknown(what.removesuffix("s"), name, by_name)
+    return [by_name[name] for name in names] or rows
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

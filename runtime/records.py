@@ -7,25 +7,33 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import bandwidth, domains, schemas
-from .types import CONTRACT, Case, Shape, Status, case_from_json, comparison_key
+from .types import CONTRACT, PROGRAM_REGIMES, Case, Shape, Status, case_from_json, comparison_key
 
 PERCENTILES = ("p50", "p90", "p95", "p99")
+STATISTICS = (*PERCENTILES, "mean", "max")  # over the iterations of a run
 LARGEST_FILE = 64 << 20  # bytes; a result has some 20 KB, raw samples live in their sidecars
 
 Interval = tuple[float, float]
+Times = tuple[float | None, ...]  # in the order of STATISTICS
 
 
 class Row(NamedTuple):
     """One component in one regime of one cell: its headline reduction, in microseconds.
 
-    percentiles, intervals   in the order of PERCENTILES; an interval the sample could not give is None
-    us_GBps                  formula name -> GB/s at one microsecond: divide by a time in microseconds
+    times       in the order of STATISTICS. A percentile above the median whose interval the sample could not
+                give is None: of so few samples it would be about their maximum, whatever it is called
+    intervals   in the order of PERCENTILES; one that the sample could not give is None
+    nulls       percentile -> why it has no interval
+    least, spread   the minimum over ranks and the maximum minus it, as `times`; None where there is one clock
+                for all ranks
+    us_GBps     formula name -> GB/s at one microsecond: divide by a time in microseconds
     """
 
     component: str
@@ -33,8 +41,11 @@ class Row(NamedTuple):
     key: str
     headline: str
     n: int
-    percentiles: tuple[float, ...]
+    times: Times
     intervals: tuple[Interval | None, ...]
+    nulls: Mapping[str, str]
+    least: Times
+    spread: Times
     settled: bool
     stop_reason: str
     outliers: int
@@ -182,11 +193,11 @@ def _row(document: Mapping[str, Any], case: Case, measurement: Mapping[str, Any]
                 f"was changed: the comparison key of {regime} {component} does not follow from its case"
             )
     stats = measurement[measurement["headline"]]
-    percentiles = tuple(float(stats[name]) for name in PERCENTILES)
     intervals = tuple(_interval(stats["intervals"][name]) for name in PERCENTILES)
     bounds = [bound for interval in intervals if interval is not None for bound in interval]
-    if min(*percentiles, *bounds) < 0:
+    if min(*(float(stats[name]) for name in STATISTICS), *bounds) < 0:
         raise Unusable(f"has a negative time in {regime} {component}")
+    one_clock = regime in PROGRAM_REGIMES
     largest = stats["outliers"]["largest"]
     return Row(
         component=component,
@@ -194,14 +205,31 @@ def _row(document: Mapping[str, Any], case: Case, measurement: Mapping[str, Any]
         key=measurement["comparison_key"],
         headline=measurement["headline"],
         n=stats["n"],
-        percentiles=percentiles,
+        times=_times(stats),
         intervals=intervals,
+        nulls=_nulls(stats),
+        least=_UNTOLD if one_clock else _times(measurement["min"]),
+        spread=_UNTOLD if one_clock else _times(measurement["spread"]),
         settled=measurement["settled"],
         stop_reason=measurement["stop_reason"],
         outliers=stats["outliers"]["count"],
         largest_outlier=None if largest is None else float(largest),
         us_GBps=_us_GBps(document, case, component),
     )
+
+
+_UNTOLD: Times = (None,) * len(STATISTICS)
+
+
+def _times(stats: Mapping[str, Any]) -> Times:
+    """See `Row.times`."""
+    nulls = _nulls(stats)
+    return tuple(None if name in nulls and name != "p50" else float(stats[name]) for name in STATISTICS)
+
+
+def _nulls(stats: Mapping[str, Any]) -> dict[str, str]:
+    stated = ((name, stats["intervals"][name].get("null")) for name in PERCENTILES)
+    return {name: sys.intern(reason) for name, reason in stated if reason is not None}
 
 
 def _interval(stated: Mapping[str, Any]) -> Interval | None:

@@ -1,38 +1,18 @@
-"""`cx summarize DIR...`: results as text, GitHub Markdown or JSON, and the gate. stdout is the summary.
-
-The JSON form, schema "collectivex.summary.v1" (times in microseconds, bandwidths in GB/s, 1 GB = 1e9 bytes):
-
-    contract, percentile            of this CollectiveX; the percentile that `us` is
-    gate            exit_code, because, requested, counts {status: cells}, problems
-    executions      path, name, suite, sku, contract, created_at, complete, requested
-    tables          group {family, name, shape, dtype, routing, seed, mode, ranks, nodes, topology_class,
-                    regime, contract}, component, headline, formula, lines
-      lines         at (bytes or tokens per rank), comparison_key, entries
-        entries     label, backend, variant, sku, execution, knobs, case_id, cells, status, reason, runs,
-                    measured_runs, us, interval [low, high], inference, p99_us, GBps {formula: value}, share,
-                    limit {name, GBps, kind, source}, contract_only, settled, standing, ratio
-    not_ok          status, reason, cells
-    warnings        text, cells
-    problems        path, reason
-"""
+"""`cx summarize DIR...`: results as text, GitHub Markdown or JSON, and the gate. stdout is the summary."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from . import gate, wording
+from . import gate, summary_json, wording
 from .errors import UserError
 from .reading import Execution, Problem, Reading, read
-from .tables import Entry, Table, tables
-from .types import CONTRACT
+from .tables import Table, tables
 
-SUMMARY_SCHEMA = "collectivex.summary.v1"
 FORMATS = ("text", "markdown", "json")
 Span = tuple[str, str]  # text and its rich style
 _STYLES = {"fastest": "bold green", "implausible, withheld": "yellow"}
@@ -62,14 +42,13 @@ class Summary:
 def command(args: argparse.Namespace) -> int:
     """Print the summary; the exit code is the gate's.
 
-    args: dirs, format; and where the parser offers them, percentile ("p50"...) and regime (a list of them).
+    args: dirs, format; and where the parser offers them, percentile ("p50", "mean"...) and regime (a list).
     """
     options = vars(args)
     summary = read_summary(args.dirs, options.get("percentile") or "p50", options.get("regime") or ())
     verdict = summary.verdict
     if args.format == "json":
-        json.dump(to_json(summary), sys.stdout, indent=1, allow_nan=False)
-        sys.stdout.write("\n")
+        sys.stdout.writelines(f"{line}\n" for line in summary_json.lines(summary_json.to_json(summary)))
     elif args.format == "markdown":
         sys.stdout.writelines(f"{line}\n" for line in markdown(summary))
     else:
@@ -251,75 +230,3 @@ def _markdown_row(cells: Iterable[str]) -> str:
 
 def _safe(value: str) -> str:
     return wording.clean(value).translate(_MARKDOWN).replace("&", "&amp;")
-
-
-def to_json(summary: Summary) -> dict[str, Any]:
-    """The JSON form; see the docstring of this module."""
-    verdict = summary.verdict
-    return {
-        "schema": SUMMARY_SCHEMA,
-        "contract": CONTRACT,
-        "percentile": summary.percentile,
-        "gate": {
-            "exit_code": verdict.exit_code,
-            "because": verdict.because,
-            "requested": verdict.requested,
-            "counts": verdict.counts,
-            "problems": verdict.problems,
-        },
-        "executions": [execution._asdict() for execution in summary.executions],
-        "tables": [_table_json(table) for table in summary.tables],
-        "not_ok": [
-            {"status": str(note.status), "reason": note.text, "cells": list(note.cells)}
-            for note in summary.not_ok
-        ],
-        "warnings": [{"text": note.text, "cells": list(note.cells)} for note in summary.warnings],
-        "problems": [problem._asdict() for problem in summary.problems],
-    }
-
-
-def _table_json(table: Table) -> dict[str, Any]:
-    lines = [
-        {
-            "at": line.at,
-            "comparison_key": line.key,
-            "entries": [_entry_json(entry) for entry in line.entries],
-        }
-        for line in table.lines
-    ]
-    return {
-        "group": table.group._asdict(),
-        "component": table.component,
-        "headline": table.headline,
-        "formula": table.formula,
-        "lines": lines,
-    }
-
-
-def _entry_json(entry: Entry) -> Mapping[str, Any]:
-    way = entry.way
-    return {
-        "label": entry.label,
-        "backend": way.backend,
-        "variant": way.variant,
-        "sku": way.sku,
-        "execution": way.execution,
-        "knobs": dict(way.knobs),
-        "case_id": entry.case_id,
-        "cells": list(entry.cells),
-        "status": str(entry.status),
-        "reason": entry.reason,
-        "runs": entry.runs,
-        "measured_runs": entry.measured_runs,
-        "us": entry.us,
-        "interval": entry.interval,
-        "inference": entry.inference,
-        "p99_us": entry.p99_us,
-        "GBps": entry.GBps,
-        "share": entry.share,
-        "limit": entry.limit._asdict() if entry.limit else None,
-        "contract_only": entry.contract_only,
-        "settled": entry.settled,
-        "standing": entry.standing,
-        "ratio": entry.ratio,
-    }

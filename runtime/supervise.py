@@ -110,13 +110,17 @@ def supervise(shard: Shard, logs: Path, watch: Watch) -> tuple[str, list[Cell]] 
         if culprit is None:
             # The group never came up. The next one would end the same way, so what is left ends here.
             for cell in left:
-                watch.record(cell, end.ending(folder, len(end.codes)))
-                watch.progress("failed", cell.id)
+                _give_up(cell, end.ending(folder, len(end.codes)), watch)
             return None
-        watch.record(culprit, end.ending(folder, len(end.codes)))
-        watch.progress("failed", culprit.id)
+        _give_up(culprit, end.ending(folder, len(end.codes)), watch)
         remaining = [cell for cell in left if cell is not culprit]
     return None
+
+
+def _give_up(cell: Cell, ending: Ending, watch: Watch) -> None:
+    """Record a cell that has no result of its own, and tell the status that stands in its record."""
+    watch.record(cell, ending)
+    watch.progress(str(ending.status), cell.id)
 
 
 @dataclass

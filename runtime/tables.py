@@ -16,7 +16,7 @@ from typing import NamedTuple
 from . import stats
 from .bandwidth import limit_share
 from .reading import Reading
-from .records import PERCENTILES, Interval, Limit, Record, Row, key_of
+from .records import PERCENTILES, STATISTICS, Interval, Limit, Record, Row, key_of
 from .types import CONTRACT, REGIMES, Case, Collective, Moe, Status
 
 HEADLINE_FORMULA = {"collective": "busbw", "moe": "remote"}
@@ -74,9 +74,12 @@ class Entry:
     """One case joined over its runs. Times in microseconds.
 
     us            median over runs of the run's percentile; None when nothing may be shown
+    us_reason     why the sample of a run gives no such percentile, or None; `p99_reason` likewise
     interval      95 %; over runs when `inference`, else the envelope of what the iterations of each run say
-    p99_us        median over runs of the run's p99
-    GBps          formula name -> GB/s at `us`
+    interval_reason   why there is none, or None
+    p99_us, mean_us, max_us   medians over runs of the run's p99, mean and maximum
+    over_ranks    "min" and "spread" over ranks, at the same percentile as `us`; None where untold
+    us_GBps       formula name -> GB/s at one microsecond, as its source quotes it; `GBps` at `us`
     share         GB/s of the headline formula over `limit`
     standing      "fastest", "slower", "cannot rank", "withheld" (implausible), "alone"; "" without a number
     ratio         time over that of the fastest, where told apart from it
@@ -92,9 +95,16 @@ class Entry:
     cells: tuple[str, ...]
     label: str = ""
     us: float | None = None
+    us_reason: str | None = None
     interval: Interval | None = None
+    interval_reason: str | None = None
     inference: bool = False
     p99_us: float | None = None
+    p99_reason: str | None = None
+    mean_us: float | None = None
+    max_us: float | None = None
+    over_ranks: Mapping[str, float | None] | None = None
+    us_GBps: Mapping[str, float] | None = None
     GBps: Mapping[str, float] | None = None
     share: float | None = None
     limit: Limit | None = None
@@ -115,7 +125,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """One component of a group, in one reduction over ranks; lines by rising size or tokens."""
+    """One component of a group, in one reduction over ranks; lines by rising size or tokens. `percentile` is
+    one of `records.STATISTICS`: the mean and the maximum too."""
 
     group: Group
     component: str
@@ -134,7 +145,10 @@ class Table:
 
 
 def tables(reading: Reading, percentile: str = "p50", regimes: Sequence[str] = ()) -> list[Table]:
-    """Every table of these records; `regimes` keeps some only. Cases without any number are not in them."""
+    """Every table of these records; `regimes` keeps some only. Cases without any number are not in them.
+
+    percentile   one of `records.STATISTICS`
+    """
     wanted = regimes or REGIMES
     found: dict[tuple[Group, str, str], dict[tuple[int, str], list[Entry]]] = {}
     silent: dict[Group, list[tuple[int, str, Entry]]] = {}
@@ -223,24 +237,55 @@ def _entries(runs: Sequence[Record], way: Way, regime: str, percentile: str) -> 
 
 def _join(entry: Entry, rows: Sequence[Row], percentile: str, limit: Limit | None, formula: str) -> None:
     """One number from the runs of one case: the median of the run percentiles, and how sure that is."""
-    which, p99 = PERCENTILES.index(percentile), PERCENTILES.index("p99")
-    values = [row.percentiles[which] for row in rows]
-    over_runs = stats.run_interval(values)
-    within = [row.intervals[which] for row in rows]
-    if "low" in over_runs:
-        entry.interval = (over_runs["low"], over_runs["high"])
-    elif None not in within:
-        entry.interval = (min(i[0] for i in within if i), max(i[1] for i in within if i))
-    us = statistics.median(values)
-    entry.us = us
-    entry.inference = "low" in over_runs
     entry.measured_runs = len(rows)
-    entry.p99_us = statistics.median(row.percentiles[p99] for row in rows)
-    entry.GBps = {name: rate / us for name, rate in rows[0].us_GBps.items()} if us > 0 else {}
     entry.settled = all(row.settled for row in rows)
+    entry.us_GBps = rows[0].us_GBps
+    entry.p99_us, entry.p99_reason = _typical(rows, "p99")
+    entry.mean_us, entry.max_us = _typical(rows, "mean")[0], _typical(rows, "max")[0]
+    entry.us, entry.us_reason = _typical(rows, percentile)
+    if entry.us is None:
+        return
+    which = STATISTICS.index(percentile)
+    entry.over_ranks = {
+        "min": _middle(row.least[which] for row in rows),
+        "spread": _middle(row.spread[which] for row in rows),
+    }
+    _bound(entry, rows, percentile)
+    entry.GBps = {name: rate / entry.us for name, rate in entry.us_GBps.items()} if entry.us > 0 else {}
     if limit is not None and formula in entry.GBps:
         entry.limit = limit
         entry.share = limit_share(entry.GBps[formula], limit.GBps)
+
+
+def _typical(rows: Sequence[Row], percentile: str) -> tuple[float | None, str | None]:
+    """The median over runs, or None and why the sample of one of them gives no such percentile."""
+    us = _middle(row.times[STATISTICS.index(percentile)] for row in rows)
+    if us is not None:
+        return us, None
+    return None, next(row.nulls[percentile] for row in rows if percentile in row.nulls)
+
+
+def _middle(values: Iterable[float | None]) -> float | None:
+    known = list(values)
+    return None if None in known else statistics.median(value for value in known if value is not None)
+
+
+def _bound(entry: Entry, rows: Sequence[Row], percentile: str) -> None:
+    """The interval of an entry that has a number: over runs, else what the iterations of its runs say."""
+    values = (row.times[STATISTICS.index(percentile)] for row in rows)
+    over_runs = stats.run_interval([value for value in values if value is not None])
+    entry.inference = "low" in over_runs
+    if entry.inference:
+        entry.interval = (over_runs["low"], over_runs["high"])
+        return
+    reasons = [row.nulls[percentile] for row in rows if percentile in row.nulls]
+    if percentile not in PERCENTILES:
+        reasons = ["an interval within a run is of percentiles"]
+    if reasons:
+        entry.interval_reason = f"{over_runs['null']}; {reasons[0]}"
+        return
+    within = [interval for row in rows if (interval := row.intervals[PERCENTILES.index(percentile)])]
+    entry.interval = (min(low for low, _ in within), max(high for _, high in within))
 
 
 def wire_limit(record: Record) -> Limit | None:

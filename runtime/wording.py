@@ -5,17 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from . import stats
 from .records import Interval, Limit
 from .tables import Entry, Group, Line, Table
-from .types import Status
+from .types import PROGRAM_REGIMES, Status
 
 REDUCTION = {"max": "max over ranks", "median": "median over ranks", "min": "min over ranks"}
+NONE = "–"
+OF_BLOCKS = ("chained", "graph", *PROGRAM_REGIMES)
+_BLOCKS = (
+    "chained, graph: a sample of a call or roundtrip is the mean of a block of calls, so its percentiles are "
+    "over blocks, which dilute a single slow call; loop: of the program's loop. Tails of single calls: fresh."
+)
+_NEEDS = ", ".join(f"p{percent} needs {stats.smallest_n(percent)}" for percent in (90, 95, 99))
 LEGEND = (
     "Time: reduced over ranks in each iteration; then a percentile over iterations, the median over runs.",
     "a – b: 95 % interval of the typical run. (a – b) no-inference: fewer than 3 runs; what the iterations "
     "of a run say, which says nothing about the next run.",
     "fastest: told apart from all others of its row. N×: time over that of the fastest. cannot rank: the "
     "intervals overlap, or no-inference.",
+    f"{NONE}: the samples of a run are too few to bound that percentile ({_NEEDS}). A median stands all the "
+    "same.",
     "~ not settled. contract-only: never validated on its hardware. withheld: beats a physical limit.",
 )
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
@@ -91,7 +101,9 @@ def caption(table: Table) -> str:
 
 def legend(tables: Iterable[Table]) -> list[str]:
     """How to read the tables, and where their limits come from."""
-    return [*LEGEND, *map(limit_source, sorted({of for table in tables for of in table.limits}))]
+    tables = list(tables)
+    blocks = [_BLOCKS] if any(table.group.regime in OF_BLOCKS for table in tables) else []
+    return [*LEGEND, *blocks, *map(limit_source, sorted({of for table in tables for of in table.limits}))]
 
 
 def header(table: Table) -> list[str]:
@@ -108,16 +120,22 @@ def cells(table: Table, line: Line, entry: Entry, first: bool) -> list[str]:
     name = clean(entry.label) + (" (contract-only)" if entry.contract_only else "")
     start = [at(table.group, line) if first else "", name]
     if entry.us is None:
-        row = [*start, "not measured" if entry.status is Status.OK else str(entry.status)]
+        row = [*start, _no_number(entry)]
         return row + [""] * (len(header(table)) - len(row) - 2) + [_runs(entry), ""]
     numbers = [us(entry.us) + ("" if entry.settled else " ~"), interval(entry)]
     if table.percentile != "p99":
-        numbers.append(us(entry.p99_us) if entry.p99_us is not None else "")
+        numbers.append(us(entry.p99_us) if entry.p99_us is not None else NONE)
     rate = (entry.GBps or {}).get(table.formula)
     numbers.append(GBps(rate) if rate is not None else "")
     if table.limits:
         numbers.append(percent(entry.share) if entry.share is not None else "")
     return [*start, *numbers, _runs(entry), standing(entry)]
+
+
+def _no_number(entry: Entry) -> str:
+    if entry.us_reason is not None:
+        return NONE
+    return "not measured" if entry.status is Status.OK else str(entry.status)
 
 
 def _runs(entry: Entry) -> str:

@@ -93,6 +93,13 @@ def test_without_a_nic_the_low_latency_buffer_is_given_device_memory(monkeypatch
     assert [expected] * 2 == run(monkeypatch, case("ll", ranks=2), work, uccl_fake.World(2, nics=nics))
 
 
+def test_the_declared_window_says_that_a_function_of_the_library_is_replaced() -> None:
+    """Whoever reads what `ll` contains reads on which memory it was measured; the others are as declared."""
+    windows = {v.name: " ".join(v.window.values()) for v in FACTS.variants}
+    assert windows["ll"].count("in place of uccl.ep.get_rdma_buffer") == 2
+    assert {"normal", "cached"} == {name for name, said in windows.items() if "get_rdma_buffer" not in said}
+
+
 def test_another_number_of_experts_has_its_flags_cleaned(monkeypatch) -> None:
     """They lie elsewhere in the same memory; the fake raises where they were not cleaned."""
     world = uccl_fake.World(2)

@@ -43,7 +43,7 @@ def drawn(found: Summary, regime: str = "fresh") -> Any:
     """The matplotlib figure of the only group of a regime."""
     (plan,) = [plan for plan in plan_of(found) if plan.tables[0].group.regime == regime]
     entries = (e for t in plan.tables for line in t.lines for e in line.entries)
-    return figures.draw(plan, style.styles(e.label for e in entries))
+    return figures.draw(plan, style.styles((e.label, e.way.backend) for e in entries))
 
 
 def texts(figure: Any) -> str:
@@ -164,10 +164,18 @@ def test_without_a_limit_none_is_drawn(tmp_path: Path) -> None:
     assert "Limit" not in texts(drawn(summary(tmp_path, sweep(limits=None))))
 
 
+def through(axes: Any) -> list[Any]:
+    """The lines through sizes, without the caps of their bars."""
+    return [
+        line
+        for line in axes.lines
+        if len(line.get_xdata()) == len(SIZES) and line.get_marker() in style.MARKERS
+    ]
+
+
 def points(axes: Any) -> list[tuple[float, float]]:
     """What the lines through sizes go through."""
-    lines = [line for line in axes.lines if len(line.get_xdata()) == len(SIZES)]
-    return [(x, y) for line in lines for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)]
+    return [(x, y) for line in through(axes) for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)]
 
 
 def test_points_are_the_numbers_of_the_tables(tmp_path: Path) -> None:
@@ -189,13 +197,26 @@ def test_intervals_of_bandwidth_are_those_of_time_turned_over(tmp_path: Path) ->
     assert (worst / rate, best / rate) == pytest.approx((11 / high, 11 / low))
 
 
+def test_intervals_are_bars_at_the_sizes_that_were_measured(tmp_path: Path) -> None:
+    """A band between two sizes would claim what nobody measured: nothing is filled, and the bars stand at the
+    points, from end to end of their intervals."""
+    found = summary(tmp_path, sweep())
+    time = drawn(found).axes[0]
+    (bars,) = time.collections
+    line = next(t for t in found.tables if t.group.regime == "fresh").lines[0]
+    first = bars.get_segments()[0]
+    assert len(bars.get_segments()) == len(SIZES)
+    assert [x for x, _ in first] == [line.at, line.at]
+    assert tuple(y for _, y in first) == pytest.approx(line.entries[0].interval)
+
+
 def test_a_failed_size_leaves_a_gap(tmp_path: Path) -> None:
     """No line is drawn across a size that has no number."""
     a, b, c = sweep()
     others = sweep(collective_case(backend="other"))
     b = result(collective_case(size=SIZES[1]), status="failed")
     time = drawn(summary(tmp_path, [a, b, c, *others])).axes[0]
-    gaps = [[math.isnan(y) for y in line.get_ydata()] for line in time.lines if len(line.get_xdata()) == 3]
+    gaps = [[math.isnan(y) for y in line.get_ydata()] for line in through(time)]
     assert sorted(gaps) == [[False, False, False], [False, True, False]]
 
 
@@ -204,9 +225,10 @@ def test_implausible_points_are_hollow_and_not_connected(tmp_path: Path) -> None
     a, b, _ = sweep()
     bad = result(collective_case(size=SIZES[2]), status="implausible", us=0.5)
     figure = drawn(summary(tmp_path, [a, b, bad]))
-    hollow = [line for line in figure.axes[0].lines if line.get_markerfacecolor() == style.PAPER]
+    lines = through(figure.axes[0])
+    hollow = [line for line in lines if line.get_markerfacecolor() == style.PAPER]
     assert [line.get_linestyle() for line in hollow] == ["None"]
-    (solid,) = [line for line in figure.axes[0].lines if line not in hollow]
+    (solid,) = [line for line in lines if line not in hollow]
     assert [math.isnan(y) for y in solid.get_ydata()] == [False, False, True]
     assert "Hollow: implausible" in texts(figure)
 
@@ -228,6 +250,13 @@ def test_the_title_says_what_and_the_subtitle_where_and_when(tmp_path: Path) -> 
     assert "no inference" in said
 
 
+def test_the_caption_says_where_samples_are_means_of_blocks(tmp_path: Path) -> None:
+    """In a chain a percentile is over blocks, from a drained device over calls."""
+    found = summary(tmp_path, sweep())
+    assert "means of blocks of calls" in texts(drawn(found, "chained"))
+    assert "means of blocks" not in texts(drawn(found))
+
+
 def test_zero_tokens_and_zero_times_do_not_break_a_log_axis(tmp_path: Path) -> None:
     """A rank may have nothing to send, and a coarse clock may read 0: neither has a place on the axis."""
     documents = [*ladder(0, 1, 64), result(moe_case(256), us=0.0)]
@@ -246,7 +275,7 @@ def test_a_flat_line_and_a_component_with_one_size_are_drawn(tmp_path: Path) -> 
 def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
     """No date, no random id: regenerated figures do not differ."""
     found = summary(tmp_path / "results", sweep())
-    looks = style.styles(["torch_dist"])
+    looks = style.styles([("torch_dist", "torch_dist")])
     made = []
     for name in ("a", "b"):
         paths = figures.save_all(plan_of(found), looks, tmp_path / name)
@@ -260,7 +289,7 @@ def test_a_matplotlibrc_of_the_user_changes_nothing(tmp_path: Path) -> None:
     import matplotlib
 
     (plan, _) = plan_of(summary(tmp_path / "results", sweep()))
-    looks = style.styles(["torch_dist"])
+    looks = style.styles([("torch_dist", "torch_dist")])
     figures.save(plan, looks, tmp_path / "a")
     with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "xtick.major.size": 20}):
         figures.save(plan, looks, tmp_path / "b")
@@ -272,7 +301,7 @@ def test_a_matplotlibrc_of_the_user_changes_nothing(tmp_path: Path) -> None:
 def test_several_processes_draw_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pool changes the speed and nothing else."""
     found = summary(tmp_path / "results", sweep())
-    looks = style.styles(["torch_dist"])
+    looks = style.styles([("torch_dist", "torch_dist")])
     alone = figures.save_all(plan_of(found), looks, tmp_path / "a")
     monkeypatch.setattr(figures, "POOL_FROM", 1)
     monkeypatch.setattr(figures, "cores", lambda: 2)
@@ -285,7 +314,7 @@ def test_an_svg_is_well_formed_and_its_text_is_text(tmp_path: Path) -> None:
     name = "a<b>&\"'$x$ \x1b\u202e"
     found = summary(tmp_path / "results", sweep(collective_case(backend=name)))
     plan = plan_of(found)[0]
-    (path, svg) = figures.save(plan, style.styles([name]), tmp_path / "out")
+    (path, svg) = figures.save(plan, style.styles([(name, name)]), tmp_path / "out")
     text = svg.read_text(encoding="utf-8")
     ElementTree.fromstring(text)
     assert "a&lt;b&gt;&amp;" in text

@@ -273,6 +273,47 @@ def test_the_command_says_where_the_pictures_lie(tmp_path: Path, capsys: pytest.
     assert len(list((out / "figures").glob("*.png"))) == len(list((out / "figures").glob("*.svg"))) == 2
 
 
+def test_a_manifest_that_cannot_be_read_leaves_nothing_to_draw(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error that names the file, exit 2, and no path of something that was not written."""
+    folder = execution(tmp_path / "results", _two_sizes())
+    whole = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(whole[: len(whole) // 2])
+    assert main(["plot", str(folder), "--out", str(tmp_path / "out")]) == 2
+    stdout, stderr = capsys.readouterr()
+    assert stdout == ""
+    assert f"problem: {folder / 'manifest.json'} is not JSON, or truncated" in stderr
+    assert f"error: nothing to draw: no manifest in {folder} can be read" in stderr
+    assert "hint: " in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_cells_without_a_number_leave_nothing_to_draw_and_a_report_of_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 2; the hint names the report, which tells how every cell ended."""
+    folder = execution(tmp_path / "results", [result(status="failed", reason="the disk is full")])
+    assert main(["plot", str(folder), "--out", str(tmp_path / "out")]) == 2
+    stdout, stderr = capsys.readouterr()
+    assert stdout == ""
+    assert "error: nothing to draw: no cell that was requested has a number" in stderr
+    assert f"hint: {tmp_path / 'out' / 'report.html'} says" in stderr
+    assert "the disk is full" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_one_size_makes_a_report_and_no_folder_of_figures_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is no line through one point: what is printed is what was written."""
+    folder = execution(tmp_path / "results", [result()])
+    assert main(["plot", str(folder), "--out", str(tmp_path / "out")]) == 0
+    stdout, stderr = capsys.readouterr()
+    assert stdout.splitlines() == [str(tmp_path / "out" / "report.html")]
+    assert "no figure: a line needs two sizes" in stderr
+    assert not (tmp_path / "out" / "figures").exists()
+
+
 def _two_sizes() -> list[dict[str, Any]]:
     return [result(collective_case(size=1 << p)) for p in (10, 12)]
 

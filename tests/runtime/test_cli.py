@@ -99,6 +99,7 @@ def test_version_names_the_measurement_contract(capsys: pytest.CaptureFixture[st
         (["run", "--suite", "smoke", "--backend", "torch"], "no backend named 'torch'", "'torch_dist'"),
         (["run", "--suite", "smoke", "--nodes", "2"], "starts processes on one machine", None),
         (["list", "bckends"], "no list named 'bckends'", "did you mean 'backends'?"),
+        (["list", "backends", "depep"], "no backend named 'depep'", "did you mean 'deepep'?"),
         (["completion", "fish"], "no shell named 'fish'; have: bash, tcsh, zsh", None),
         (["validate", "/no/such/folder"], "no folder /no/such/folder", "cx run --out"),
     ],

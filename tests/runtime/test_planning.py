@@ -12,7 +12,7 @@ import pytest
 
 import collectivex
 from collectivex.backends import nccl_tests
-from collectivex.runtime import cli, detect, listing, planning, registry, sku, suite
+from collectivex.runtime import cli, declared, detect, listing, planning, registry, sku, suite
 from collectivex.runtime.types import case_from_json
 
 HOME = Path(collectivex.__file__).parents[1]
@@ -83,6 +83,16 @@ def test_json_holds_every_cell_with_its_case(capsys: pytest.CaptureFixture[str])
     assert totals["cells"] == len(plan["cells"]) == totals["to_run"] + totals["unsupported"]
 
 
+def test_json_is_written_a_cell_a_line_and_says_what_the_data_say(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Cells are encoded one by one, cases once: the text is that of the whole document all the same."""
+    (plan,) = planning.make(["smoke"], ["local"])
+    text = said(capsys, "plan", "--suite", "smoke", "--sku", "local", "--format", "json")
+    assert json.loads(text) == json.loads(json.dumps(planning.to_json(plan)))
+    assert text.count("\n") == len(plan.cells) + 2
+
+
 def test_leaving_out_suite_and_sku_gives_the_totals_of_all(capsys: pytest.CaptureFixture[str]) -> None:
     """One line for each pair; in JSON the list of their plans."""
     lines = said(capsys, "plan").splitlines()
@@ -125,8 +135,64 @@ def test_lists_name_everything(
     """As a table for people and as JSON for programs, the same rows."""
     rows: list[dict[str, Any]] = json.loads(said(capsys, "list", what, "--format", "json"))
     assert [row[key] for row in rows] == names()
-    table = said(capsys, "list", what).splitlines()
+    table = said(capsys, "list", what).partition("\n\n")[0].splitlines()
     assert [line.split()[0] for line in table[2:]] == names()
+
+
+@pytest.mark.parametrize("name", registry.visible())
+def test_a_backend_by_name_says_everything_that_it_declares(
+    capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Every window of every variant, layouts, casts, knobs and limits: in JSON as declared, and as text."""
+    facts = registry.load(name).facts
+    (row,) = json.loads(said(capsys, "list", "backends", name, "--format", "json"))
+    text = " ".join(said(capsys, "list", "backends", name).split())
+    assert (row["knobs"], row["index dtype"]) == (list(facts.knobs), facts.index_dtype)
+    assert len(row["variants"]) == len(facts.variants)
+    for variant, told in zip(facts.variants, row["variants"], strict=True):
+        assert (told["mode"], told["variant"], told["window"]) == (
+            variant.mode,
+            variant.name,
+            dict(variant.window),
+        )
+        assert told["graph safe"] == variant.graph_safe
+        if variant.family == "moe":
+            told_of_rows = (told["receive layout"], told["combine model"], told["casts"])
+            assert told_of_rows == (variant.layout, variant.combine, variant.casts)
+        for what in variant.window.values():
+            assert " ".join(what.split()) in text
+    for fact in (facts.title, facts.source.pin, *facts.knobs, *row["limits"]):
+        assert fact in text
+
+
+def test_limits_are_what_a_backend_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody keeps a second list: the sentences are those of `why_not`, without what the variants say."""
+    limits = declared.limits(registry.load("uccl_ep"))
+    assert "uccl_ep is driven on one node only" in limits
+    assert "uccl 0.1.1 takes no rank without tokens" in limits
+    assert not any("collective operations" in limit for limit in limits)
+    assert "refuses, of the cases of our suites" in said(capsys, "list", "backends", "uccl_ep")
+
+
+def test_limits_are_told_on_a_machine_whose_gpus_no_suite_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 experts cannot be divided over three GPUs, which is no reason not to list a backend."""
+    three = detect.Machine("nvidia", ("H200",) * 3, "Xeon", 8)
+    monkeypatch.setattr(detect, "machine", lambda: three)
+    assert sku.load_sku("local").at(1).default_ranks == 3
+    assert "uccl_ep is driven on one node only" in declared.limits(registry.load("uccl_ep"))
+
+
+def test_the_table_of_backends_says_where_there_is_more(capsys: pytest.CaptureFixture[str]) -> None:
+    """The window does not fit into a column; what to type for it stands below."""
+    assert "cx list backends NAME" in said(capsys, "list", "backends").splitlines()[-1]
+    assert "NAME" not in said(capsys, "list", "suites")
+
+
+def test_names_narrow_every_list(capsys: pytest.CaptureFixture[str]) -> None:
+    """In the order in which they were given."""
+    rows = json.loads(said(capsys, "list", "suites", "smoke", "ep-core", "--format", "json"))
+    assert [row["suite"] for row in rows] == ["smoke", "ep-core"]
+    assert said(capsys, "list", "skus", "local").splitlines()[2].startswith("local ")
 
 
 def test_backends_show_what_they_are_worth(capsys: pytest.CaptureFixture[str]) -> None:

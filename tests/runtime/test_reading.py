@@ -55,7 +55,7 @@ def test_a_row_keeps_the_headline_reduction(tmp_path: Path) -> None:
     """fresh quotes the max over ranks, the floors of the chain the min; other reductions are left out."""
     documents = [result(moe_case(), us={"dispatch": 50, "combine": 60, "roundtrip": 120, **FLOORS})]
     rows = read([execution(tmp_path, documents)]).records[0].rows
-    got = {(row.regime, row.component): (row.headline, row.percentiles[0]) for row in rows}
+    got = {(row.regime, row.component): (row.headline, row.times[0]) for row in rows}
     assert got == {
         ("fresh", "dispatch"): ("max", 50),
         ("fresh", "combine"): ("max", 60),
@@ -79,6 +79,8 @@ def test_an_interval_the_sample_could_not_give_is_none(tmp_path: Path) -> None:
     """100 samples bound the median and p95, not p99."""
     row = read([execution(tmp_path, [result(n=100)])]).records[0].rows[0]
     assert [interval is None for interval in row.intervals] == [False, False, False, True]
+    assert [time is None for time in row.times] == [False, False, False, True, False, False]
+    assert row.nulls == {"p99": "p99 needs 368 samples, has 100"}
 
 
 BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 from factory import collective_case, execution, moe_case, result, suite_results
 
-from collectivex.runtime import summary, wording
+from collectivex.runtime import summary, summary_json, wording
 from collectivex.runtime.cli import main
 from collectivex.runtime.records import Limit
-from collectivex.runtime.summary import markdown, read_summary, text, to_json
+from collectivex.runtime.summary import markdown, read_summary, text
+from collectivex.runtime.summary_json import to_json
+from collectivex.runtime.types import comparison_key
 
 ROOT = Path(__file__).resolve().parents[2]
 Golden = Callable[[str, str], None]
@@ -80,10 +82,13 @@ def test_the_json_form_has_the_keys_its_documentation_names(suite: Path) -> None
     def keys(value: Any) -> set[str]:
         if isinstance(value, dict):
             free = {"counts", "GBps", "knobs"}  # their keys are data
+            if "bandwidth" in value:
+                of_formulas = (value["bandwidth"] or {}).values()
+                value = {**value, "bandwidth": list(of_formulas)}
             return set(value) | {k for name, v in value.items() if name not in free for k in keys(v)}
         return {key for inner in value for key in keys(inner)} if isinstance(value, list) else set()
 
-    documented = set(re.findall(r"\w+", summary.__doc__ or ""))
+    documented = set(re.findall(r"\w+", summary_json.__doc__ or ""))
     assert keys(to_json(read_summary([suite]))) - documented == set()
 
 
@@ -107,6 +112,152 @@ def test_every_number_of_every_format_is_the_same(suite: Path) -> None:
     assert f" {first['us']:.2f} " in row
     assert f" {first['p99_us']:.2f} " in row
     assert any(f"| {first['us']:.2f} |" in line for line in markdown(found))
+
+
+def test_json_is_written_an_item_a_line_and_says_what_the_data_say(
+    suite: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The text is that of the whole document, whichever encoder makes it."""
+    main(["summarize", str(suite), "--format", "json"])
+    out = capsys.readouterr().out
+    expected = to_json(read_summary([suite]))
+    assert json.loads(out) == json.loads(json.dumps(expected))
+    assert sum(line.startswith('{"group": ') for line in out.splitlines()) == len(expected["tables"])
+
+
+def only_entry(folder: Path, document: dict[str, Any], percentile: str = "p50") -> dict[str, Any]:
+    """The JSON entry of the only line of the regime fresh."""
+    found = to_json(read_summary([execution(folder, [document])], percentile, ["fresh"]))
+    return found["tables"][0]["lines"][0]["entries"][0]
+
+
+@pytest.mark.parametrize(("percentile", "needs"), [("p90", 36), ("p95", 72), ("p99", 368)])
+def test_a_percentile_that_the_sample_cannot_bound_is_no_number(
+    tmp_path: Path, percentile: str, needs: int
+) -> None:
+    """A dash in the tables, null and the reason in JSON: one sample less than it takes, and one more."""
+    short = read_summary([execution(tmp_path / "a", [result(n=needs - 1)])], percentile)
+    row = wording.cells(short.tables[0], short.tables[0].lines[0], short.tables[0].lines[0].entries[0], True)
+    assert row[2] == "–"
+    assert any(re.search(r" –( |$)", line) for line in plain(short).splitlines())
+    entry = to_json(short)["tables"][0]["lines"][0]["entries"][0]
+    assert (entry["us"], entry["interval"], entry["GBps"], entry["standing"]) == (None, None, None, "")
+    assert entry["us_reason"] == f"{percentile} needs {needs} samples, has {needs - 1}"
+    enough = only_entry(tmp_path / "b", result(n=needs), percentile)
+    assert enough["us"] > 0
+    assert enough["us_reason"] is None
+
+
+def test_the_column_of_p99_has_a_dash_where_there_are_too_few_samples(tmp_path: Path) -> None:
+    """Of 100 samples the maximum would stand there under another name."""
+    found = read_summary([execution(tmp_path, [result(n=100)])], regimes=["fresh"])
+    table = found.tables[0]
+    shown = dict(
+        zip(
+            wording.header(table),
+            wording.cells(table, table.lines[0], table.lines[0].entries[0], True),
+            strict=True,
+        )
+    )
+    assert shown["p99 µs"] == "–"
+    assert shown["p50 µs"] != "–"
+    entry = to_json(found)["tables"][0]["lines"][0]["entries"][0]
+    assert (entry["p99_us"], entry["p99_reason"]) == (None, "p99 needs 368 samples, has 100")
+
+
+def test_one_run_with_too_few_samples_leaves_no_percentile_of_the_case(tmp_path: Path) -> None:
+    """Two runs with 512 samples do not lend theirs to a third with 100."""
+    documents = [result(run=run, runs=3, n=n) for run, n in enumerate((512, 100, 512))]
+    found = to_json(read_summary([execution(tmp_path, documents)], "p99", ["fresh"]))
+    assert found["tables"][0]["lines"][0]["entries"][0]["us"] is None
+
+
+def test_a_median_of_few_samples_stands_without_an_interval(tmp_path: Path) -> None:
+    """It is the middle of what there is, and JSON says why nothing bounds it."""
+    entry = only_entry(tmp_path, result(n=2, us=10.0))
+    assert (entry["us"], entry["interval"]) == (10.0, None)
+    assert "p50 needs 6 samples, has 2" in entry["interval_reason"]
+
+
+def test_the_legend_says_what_a_dash_is_and_what_samples_of_a_chain_are(tmp_path: Path) -> None:
+    """With the numbers that the statistics use; blocks only where a table has them."""
+    folder = execution(tmp_path, [result()])
+    fresh, chained = (
+        wording.legend(read_summary([folder], regimes=[r]).tables) for r in ("fresh", "chained")
+    )
+    assert any(
+        line.startswith("–: ") and "p90 needs 36, p95 needs 72, p99 needs 368" in line for line in fresh
+    )
+    assert not any("mean of a block" in line for line in fresh)
+    assert any("mean of a block" in line for line in chained)
+
+
+def test_bandwidth_is_told_per_rank_and_in_all_at_typical_mean_and_longest_time(tmp_path: Path) -> None:
+    """1 MiB all_reduce of 4 ranks, p50 10 us; factory: mean 1.002 and maximum 1.08 times that. busbw is
+    1.5 S over the time, of a rank; the aggregate is that of four."""
+    entry = only_entry(tmp_path, result(us=10.0))
+    per_rank, aggregate = entry["bandwidth"]["busbw"]["per_rank"], entry["bandwidth"]["busbw"]["aggregate"]
+    at = 1.5 * (1 << 20) / 10 / 1e3
+    assert per_rank == pytest.approx({"at_us": at, "at_mean": at / 1.002, "at_max": at / 1.08})
+    assert aggregate == pytest.approx({name: 4 * value for name, value in per_rank.items()})
+    assert entry["GBps"]["busbw"] == pytest.approx(at)
+    assert (entry["mean_us"], entry["max_us"]) == pytest.approx((10.02, 10.8))
+
+
+def test_a_formula_that_its_source_quotes_in_total_is_shared_out_over_the_ranks(tmp_path: Path) -> None:
+    """FlashInfer adds up all ranks: its GB/s is the aggregate here, and a quarter of it a rank's."""
+    entry = only_entry(tmp_path, result(moe_case(), us=100.0))
+    flashinfer = entry["bandwidth"]["flashinfer"]
+    assert flashinfer["aggregate"]["at_us"] == pytest.approx(entry["GBps"]["flashinfer"])
+    assert flashinfer["per_rank"]["at_us"] == pytest.approx(entry["GBps"]["flashinfer"] / 4)
+    remote = entry["bandwidth"]["remote"]
+    assert remote["per_rank"]["at_us"] == pytest.approx(entry["GBps"]["remote"])
+
+
+def test_minimum_and_spread_over_ranks_are_told(tmp_path: Path) -> None:
+    """Beside the maximum that fresh quotes; factory: the minimum is 0.95 of it, the spread 0.05."""
+    entry = only_entry(tmp_path, result(us=10.0))
+    assert entry["over_ranks"] == pytest.approx({"min": 9.5, "spread": 0.5})
+
+
+def test_one_clock_for_all_ranks_tells_nothing_over_ranks(tmp_path: Path) -> None:
+    """An external program reduces over ranks itself: a spread of 0 would be a claim."""
+    document = result()
+    for one in document["measurements"]:
+        one["regime"] = "loop"
+        one["comparison_key"] = comparison_key(
+            collective_case(), "loop", document["identity"]["topology_class"]
+        )
+    document["case"]["regimes"] = ["loop"]
+    case = replace(collective_case(), regimes=("loop",))
+    document["identity"].update(case_id=case.id, cell_id=f"{case.id}.r0")
+    found = to_json(read_summary([execution(tmp_path, [document])]))
+    assert found["tables"][0]["lines"][0]["entries"][0]["over_ranks"] == {"min": None, "spread": None}
+
+
+@pytest.mark.parametrize(("percentile", "us"), [("mean", 10.02), ("max", 10.8)])
+def test_tables_can_show_the_mean_and_the_maximum(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], percentile: str, us: float
+) -> None:
+    """By the same option; bandwidths are then over that time, and within a run nothing bounds it."""
+    folder = execution(tmp_path, [result(us=10.0)])
+    assert main(["summarize", str(folder), "--percentile", percentile]) == 0
+    assert f" {percentile} µs " in capsys.readouterr().out
+    found = to_json(read_summary([folder], percentile, ["fresh"]))
+    entry = found["tables"][0]["lines"][0]["entries"][0]
+    assert found["percentile"] == percentile
+    assert entry["us"] == pytest.approx(us)
+    assert entry["GBps"]["algbw"] == pytest.approx((1 << 20) / us / 1e3)
+    assert "of percentiles" in entry["interval_reason"]
+
+
+def test_a_mean_over_three_runs_has_an_interval(tmp_path: Path) -> None:
+    """Inference is over runs, whatever each run is reduced to."""
+    documents = [result(run=run, runs=3, us=us) for run, us in enumerate((10.0, 10.1, 9.9))]
+    found = to_json(read_summary([execution(tmp_path, documents)], "mean", ["fresh"]))
+    entry = found["tables"][0]["lines"][0]["entries"][0]
+    assert entry["inference"]
+    assert entry["interval"][0] < entry["us"] < entry["interval"][1]
 
 
 def rows_of(lines: list[str]) -> list[list[str]]:

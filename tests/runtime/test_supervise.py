@@ -51,6 +51,7 @@ class World:
         self.script, self.started, self.groups = list(script), [], []
         self.results: set[str] = set()
         self.records: dict[str, tuple[Status, str]] = {}
+        self.told: dict[str, str] = {}
 
     def start(self, cells, folder):
         finished, codes, cell, errors = self.script[len(self.started)]
@@ -63,7 +64,10 @@ class World:
         def record(cell, ending):
             self.records[cell.id] = ending.status, ending.reason
 
-        watch = Watch(self.start, lambda c: c.id in self.results, record, lambda event, cell: None)
+        def tell(event, cell):
+            self.told[cell] = event
+
+        watch = Watch(self.start, lambda c: c.id in self.results, record, tell)
         shard = Shard("fake.r0", "fake", 0, list(CELLS))
         return supervise(shard, tmp_path / "logs", watch)
 
@@ -115,6 +119,7 @@ def test_the_cause_is_told_and_not_its_echo(tmp_path, codes, errors, status, rea
     found_status, found_reason = world.records[CELLS[1].id]
     assert status == found_status
     assert reason in found_reason
+    assert str(status) == world.told[CELLS[1].id]
 
 
 def test_a_group_that_never_came_up_is_not_tried_again_for_every_cell(tmp_path) -> None:
@@ -127,6 +132,7 @@ def test_a_group_that_never_came_up_is_not_tried_again_for_every_cell(tmp_path) 
     assert 1 == len(world.started)
     assert {c.id for c in CELLS} == set(world.records)
     assert all("deep_ep is not installed" in reason for _, reason in world.records.values())
+    assert {c.id: "failed" for c in CELLS} == world.told
 
 
 def test_a_taken_port_is_tried_again_a_few_times(tmp_path) -> None:
@@ -138,6 +144,7 @@ def test_a_taken_port_is_tried_again_a_few_times(tmp_path) -> None:
     world = World(*[([], {0: PORT_TAKEN, 1: 3}, None, {})] * (MAX_PORT_RETRIES + 1))
     world.run(tmp_path / "always")
     assert {Status.INFRA} == {status for status, _ in world.records.values()}
+    assert {"infra"} == set(world.told.values())
 
 
 def test_a_crash_in_teardown_stands_apart_from_the_results(tmp_path) -> None:
@@ -236,9 +243,10 @@ def test_a_beat_with_a_limit_of_its_own_moves_the_deadline(tmp_path, monkeypatch
     records, _ = watched(tmp_path / "alive", lines, True, 0.3)
     assert all(ending.status is Status.FAILED for ending in records.values()), "it ended without results"
 
-    records, _ = watched(tmp_path / "mute", [lines[0]] * 16, True, 99)
+    records, told = watched(tmp_path / "mute", [lines[0]] * 16, True, 99)
     ending = records[CELLS[0].id]
     assert ending.status is Status.TIMEOUT
+    assert "timeout" in told
     assert "no result within the deadline of 0.3 s" in ending.reason
 
 
