@@ -23,12 +23,12 @@ from __future__ import annotations
 import math
 import re
 import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..runtime import environment
 from ..runtime.bandwidth import ALIGN, SHARED_OUT
+from ..runtime.commands import TIMED_OUT, Done, run
 from ..runtime.types import COLLECTIVE_OPS, DTYPE_BYTES, PROGRAM_OPS, Case, Collective
 from . import _tests_verdict, base
 from ._tests_output import Unreadable, rows_in, without_private
@@ -234,31 +234,23 @@ def find(program: str, mpi: bool, environ: Mapping[str, str]) -> str:
     )
 
 
-def asked(binary: str, environ: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """What a binary answers to -h. Raises MissingLibrary where it cannot be started."""
-    try:
-        return subprocess.run(
-            [binary, "-h"],
-            env=dict(environ),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=ASK_TIMEOUT_S,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise MissingLibrary(f"{Path(binary).name} -h cannot be run: {error}") from error
+def asked(binary: str, environ: Mapping[str, str]) -> Done:
+    """What a binary answers to -h. Raises MissingLibrary where it does not end; one that cannot
+    be started says so in place of its usage."""
+    done = run([binary, "-h"], timeout_s=ASK_TIMEOUT_S, env=environ)
+    if done.code == TIMED_OUT:
+        raise MissingLibrary(f"{Path(binary).name} -h cannot be run: {done.said}")
+    return done
 
 
 def options(binary: str, environ: Mapping[str, str]) -> frozenset[str]:
     """The option letters that this build offers, from its usage. Raises MissingLibrary where it cannot be
     started, or is too old."""
     done = asked(binary, environ)
-    offered = frozenset(re.findall(r"\[-(\w),--\w+", done.stdout))
+    offered = frozenset(re.findall(r"\[-(\w),--\w+", done.out))
     if not offered:
-        said = (done.stderr or done.stdout).strip().splitlines()
-        what = said[-1] if said else f"it printed nothing and exited with {done.returncode}"
+        said = (done.err or done.out).strip().splitlines()
+        what = said[-1] if said else f"it printed nothing and exited with {done.code}"
         raise MissingLibrary(
             f"{Path(binary).name} -h does not print its usage: {what}; if a library is missing, put its "
             "folder on LD_LIBRARY_PATH"

@@ -142,9 +142,9 @@ def ask(binary: str, environ: Mapping[str, str]) -> dict[str, str]:
     """Letter -> name of the options in this build's usage. Raises MissingLibrary for what cannot be started,
     is too old, or is nccl-tests: the binaries have the same names."""
     done = nccl_tests.asked(binary, environ)
-    name, usage = Path(binary).name, named_options(done.stdout)
+    name, usage = Path(binary).name, named_options(done.out)
     if not usage:
-        said = (done.stderr or done.stdout).strip().splitlines()
+        said = (done.err or done.out).strip().splitlines()
         raise MissingLibrary(f"{name} -h does not print its usage: {said[-1] if said else 'it says nothing'}")
     if not ONLY_RCCL & set(usage.values()):
         raise MissingLibrary(f"{name} is of nccl-tests, not of rccl-tests: put the latter's first on PATH")

@@ -122,14 +122,11 @@ class Backend:
         return kinds[case.variant](self.context, problem)
 
     def versions(self) -> Mapping[str, str]:
+        """torch's own. Which NCCL it has loaded is among the provenance's libraries; torch.cuda.nccl tells
+        the one that it was compiled with."""
         import torch
 
-        found = {"torch": str(torch.__version__)}
-        if self.context.device.kind != "cpu":
-            from torch.cuda import nccl
-
-            found["nccl"] = ".".join(str(part) for part in nccl.version())
-        return found
+        return {"torch": str(torch.__version__)}
 
     def close(self) -> None:
         return None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import platform
 import re
-import subprocess
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from . import environment
+from .commands import TIMED_OUT, run
+
+SMI_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,9 @@ def _nvidia_from_kernel(root: Path) -> tuple[str, ...]:
 
 def _nvidia_from_smi() -> tuple[str, ...]:
     """For drivers without /proc entries or device files of that name (WSL, MIG)."""
-    try:
-        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
-    except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired):
-        return ()
-    return tuple(re.findall(r"^GPU \d+: (.+?) \(UUID", done.stdout, re.MULTILINE))
+    done = run(["nvidia-smi", "-L"], timeout_s=SMI_TIMEOUT_S)
+    listed = "" if done.code == TIMED_OUT else done.out  # half a list is no list
+    return tuple(re.findall(r"^GPU \d+: (.+?) \(UUID", listed, re.MULTILINE))
 
 
 def _amd(root: Path) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ import importlib.util
 import json
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from typing import Any
 from ..backends.base import Facts
 from . import detect, environment, machine, prepared, registry
 from .checkup import Line, limit_lines, machine_lines
+from .commands import TIMED_OUT, run
 from .errors import CollectiveXError
 from .smi import Links
 
@@ -85,24 +85,16 @@ def probe_torch() -> dict[str, Any]:
     argv = [sys.executable, "-m", "collectivex.runtime.torch_probe"]
     # A checkout is importable from its own folder, an installed package from anywhere.
     where = package if (package / "collectivex").is_dir() else None
-    try:
-        done = subprocess.run(
-            argv,
-            cwd=where,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=PROBE_TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+    done = run(argv, timeout_s=PROBE_TIMEOUT_S, cwd=where)
+    if done.code == TIMED_OUT:
         return {"error": f"importing torch took more than {PROBE_TIMEOUT_S:g} s"}
-    if done.returncode < 0:
-        return {"error": f"importing torch ended with {signal.Signals(-done.returncode).name}"}
+    if done.code < 0:
+        return {"error": f"importing torch ended with {signal.Signals(-done.code).name}"}
     try:
-        return json.loads(done.stdout)
+        return json.loads(done.out)
     except ValueError:
-        last = done.stderr.decode(errors="replace").strip().splitlines()
-        return {"error": last[-1] if last else f"importing torch ended with exit code {done.returncode}"}
+        last = done.err.strip().splitlines()
+        return {"error": last[-1] if last else f"importing torch ended with exit code {done.code}"}
 
 
 def software_lines(torch: Mapping[str, Any]) -> list[Line]:

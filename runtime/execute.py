@@ -22,7 +22,7 @@ from ..backends.base import Program
 from . import document, environment, matrix, prepared, program_record, registry
 from .document import Place
 from .errors import CollectiveXError, InfraError, UserError
-from .fabric import fallen_back
+from .fabric import by_rank, fallen_back
 from .heartbeat import read
 from .manifest import Manifest
 from .matrix import Planned
@@ -308,7 +308,7 @@ class Execution:
         """What was measured on a node that is unhealthy now, or over another network than the pool's, is no
         number to publish: those cells become `infra`."""
         nodes = shard.cells[0].case.nodes
-        fallen = fallen_back(self.sku.fabric(), nodes, (p.read_text(errors="replace") for p in logs))
+        fallen = fallen_back(self.sku.fabric(), nodes, by_rank(logs))
         if fallen is not None:
             self.withhold(shard, fallen)
         try:

@@ -6,8 +6,9 @@ The facts stand in the SKU (`scale_out`), what only a site knows (names of inter
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 RDMA = ("infiniband", "roce")
 
@@ -119,18 +120,28 @@ def _given(name: str, value: int | None) -> dict[str, str]:
 
 # What NCCL_DEBUG=INFO says of the network it chose.
 _CHOSEN = re.compile(r"NCCL INFO (?:Using network (\S+)|NET/(IB|Socket|Plugin) ?: Using)")
+_RANK = re.compile(r"/(?:rank(\d+)\.log|process(\d+)/[^/]+)$")
 EVIDENCE = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,NET"}
 
 
-def fallen_back(fabric: Fabric, nodes: int, logs: Iterable[str]) -> str | None:
+def fallen_back(fabric: Fabric, nodes: int, logs: Iterable[tuple[int, str]]) -> str | None:
     """Why a run over several nodes must not be published as RDMA, from what NCCL logged; None when it may.
 
-    logs   the text of every rank; ranks that say nothing of a network did not use NCCL's
+    logs   (rank, text), see `by_rank`; ranks that say nothing of a network did not use NCCL's
     """
     if nodes == 1 or fabric.transport not in RDMA:
         return None
-    for rank, text in enumerate(logs):
+    for rank, text in logs:
         chosen = [a or b for a, b in _CHOSEN.findall(text)]
         if any(name == "Socket" for name in chosen):
             return f"rank {rank} fell back to sockets; this pool's network is {fabric.transport}"
     return None
+
+
+def by_rank(logs: Iterable[Path]) -> Iterator[tuple[int, str]]:
+    """(rank, text) of what ranks printed, rank<k>.log, and of what their processes of a program over several
+    nodes did, process<k>/*.log."""
+    for path in logs:
+        found = _RANK.search(path.as_posix())
+        assert found is not None, path
+        yield int(found[1] or found[2]), path.read_text(errors="replace")

@@ -178,10 +178,11 @@ def _import(image: Reference, arch: str, path: Path, say: Say, before: Sequence[
         last = execute(import_argv(image, arch, temporary, before), timeout_s=IMPORT_S)
         if last.code == 0:
             break
+        say(f"image: that failed: {last.said}")
         temporary.unlink(missing_ok=True)
     assert last is not None
     try:
-        must(f"importing image {image.name}", last, "the log of the import is above; is the image public?")
+        must(f"importing image {image.name}", last, "is the image public, and is there room to unpack it?")
         say("image: verifying")
         verify(temporary, before, execute)
         temporary.chmod(0o644)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import platform
 import re
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from collectivex import __version__
 
 from . import environment, loaded, machine, smi
+from .commands import run
 from .redact import Redactor, keyed_hash
 from .scrub import scrub
 
@@ -146,20 +146,8 @@ def _git(root: Path, *arguments: str) -> str | None:
     """Output of git, or None when it is missing, slow or refuses. In a container the checkout belongs to
     somebody else and may be mounted read-only."""
     argv = ["git", "--no-optional-locks", "-c", "safe.directory=*", "-C", str(root), *arguments]
-    try:
-        done = subprocess.run(
-            argv,
-            env=environment.without_git(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=GIT_TIMEOUT_S,
-            check=False,
-        )
-    except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
+    done = run(argv, timeout_s=GIT_TIMEOUT_S, env=environment.without_git())
+    return done.out if done.code == 0 else None
 
 
 def commit_from_files(root: Path) -> str | None:

@@ -11,11 +11,10 @@ import secrets
 import shutil
 from pathlib import Path
 
-from . import provenance
 from .errors import InfraError
+from .provenance import CODE, checkout
 from .yamlfile import ROOT
 
-CODE = ("backends", "collectivex", "launchers", "runtime", "schema", "suites")
 _IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 
 
@@ -32,7 +31,7 @@ class Stage:
             self.folder.mkdir(mode=0o700, parents=True)
             for name in CODE:
                 shutil.copytree(ROOT / name, self.root / name, ignore=_IGNORED)
-            found = provenance.checkout(ROOT)
+            found = checkout(ROOT)
             if found["git_commit"]:
                 dirty = " dirty" if found["git_dirty"] else ""
                 (self.root / "REVISION").write_text(f"{found['git_commit']}{dirty}\n")

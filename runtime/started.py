@@ -29,6 +29,7 @@ from .supervise import Group
 
 SETTLE_S = 3.0  # for the files of ranks that have ended to be seen here, over a shared file system
 KILL_S = 4.0
+HEALTH_S = 240.0
 MPI_ENDED = re.compile(r"mpi/pm\w+: .*(?:[Ee]rror handler|abort).*")  # what srun's MPI plugins say
 KILLED = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)
 
@@ -231,7 +232,7 @@ class SlurmMechanism:
         folder.mkdir(parents=True, exist_ok=True)
         arguments = ("health", "--vendor", self.wanted.vendor, "--out", str(folder.resolve()))
         argv = self.argv(f"cx-health-{folder.name}", len(self.hosts), 1, 120, *arguments)
-        done = self.execute(argv, timeout_s=240, env=self.env)
+        done = self.execute(argv, timeout_s=HEALTH_S, env=self.env)
         if done.code:
             if re.search("completing or completed|expired|revoked", done.said):
                 wait_for(lambda: slurm.state(self.job, self.execute) not in slurm.ALIVE, KILL_S)
@@ -302,8 +303,13 @@ class ContainerMechanism:
     def check(self, when: str, folder: Path, ranks_per_node: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         arguments = ("health", "--vendor", self.wanted.vendor, "--out", str(folder.resolve()))
-        done = self.execute(self.argv(f"cx-health-{os.getpid()}", *arguments), timeout_s=240, env=self.env)
-        must(f"{when} measuring, {self.container.kind}", done)
+        name = f"cx-health-{os.getpid()}"
+        try:
+            done = self.execute(self.argv(name, *arguments), timeout_s=HEALTH_S, env=self.env)
+            must(f"{when} measuring, {self.container.kind}", done)
+        except BaseException:
+            self.execute([self.container.kind, "rm", "--force", name], timeout_s=60)
+            raise
         wanted = Wanted(self.wanted.vendor, ranks_per_node, self.wanted.product)
         health.check(folder, 1, wanted, when)
 

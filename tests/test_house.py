@@ -138,6 +138,20 @@ def test_the_environment_is_read_in_one_file() -> None:
                 assert not taken & {"environ", "environb", "getenv", "putenv"}, f"{path}:{node.lineno}"
 
 
+def test_commands_are_waited_for_in_one_file() -> None:
+    """runtime/commands.py has the time limit, and ends all that a command has started."""
+    others = {
+        "runtime.install": "builds have no limit but that of the step around them",
+        "runtime.prepare_inside": "its output goes before the user's eyes",
+        "runtime.toolchain": "a compiler reads its text from stdin",
+    }
+    for name, path in modules("runtime", "backends", "plot", "collectivex").items():
+        used = re.findall(
+            r"\bsubprocess\.(?:run|call|check_\w+|getoutput)\b", path.read_text(encoding="utf-8")
+        )
+        assert bool(used) == (name in others), f"{path}: {used}"
+
+
 def test_no_error_is_caught_without_being_named() -> None:
     """No `except Exception` and no bare except; `except BaseException` only to clean up and raise again."""
     for path in [*modules(*FOLDERS, "collectivex").values(), *ROOT.glob("*.py")]:

@@ -170,6 +170,26 @@ def test_a_binary_that_cannot_be_loaded_says_why(binaries: Path, tmp_path: Path)
         Backend().starts(SIZES, str(tmp_path), environ)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("#!/bin/sh\necho loading; sleep 47 & wait", "cannot be run: loading / .* did not end within 0.5 s"),
+        ("#!/no/such/interpreter", "does not print its usage: .*: No such file or directory"),
+    ],
+    ids=["hangs", "unstarted"],
+)
+def test_a_binary_that_gives_no_answer_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str
+) -> None:
+    """One that hangs in the driver, and one of another machine."""
+    monkeypatch.setattr(nccl_tests, "ASK_TIMEOUT_S", 0.5)
+    (tmp_path / "all_reduce_perf").write_text(text)
+    (tmp_path / "all_reduce_perf").chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path)}
+    with pytest.raises(MissingLibrary, match=f"all_reduce_perf -h {said}"):
+        Backend().starts(SIZES, str(tmp_path), environ)
+
+
 def test_a_build_that_is_too_old_is_refused(binaries: Path, tmp_path: Path) -> None:
     """Before 2.13.4 the check column was a deviation, not a count."""
     with pytest.raises(MissingLibrary, match="too old: it has no -C"):

@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from collectivex.backends.base import Context
@@ -185,6 +186,16 @@ def test_experts_that_do_not_divide_are_refused() -> None:
     case = Case("torch_dist", "full", "normal", Moe("odd", 256, 2, 10, 4), 4)
 
     assert "10 experts cannot be divided over 4 ranks" == Backend().why_not(case)
+
+
+def test_the_nccl_that_torch_was_compiled_with_is_not_its_version(monkeypatch) -> None:
+    """Another may be loaded: the provenance's libraries tell which, from the mapped file."""
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 18, 5))
+    backend, device = Backend(), ManualDevice()
+    device.kind = "cuda"
+    backend.setup(Context(ThreadRanks(0, 1, threading.Barrier(1), [None]), device, None))
+
+    assert backend.versions() == {"torch": torch.__version__}
 
 
 def test_every_window_is_declared() -> None:

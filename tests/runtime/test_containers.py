@@ -10,17 +10,18 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import fault_cells
 import program_pool
 import pytest
 
-from collectivex.runtime.commands import run
+from collectivex.runtime.commands import Done, run
 from collectivex.runtime.containers import Container
-from collectivex.runtime.errors import UserError
+from collectivex.runtime.errors import InfraError, UserError
 from collectivex.runtime.health import Wanted
-from collectivex.runtime.started import SlurmMechanism, docker_image
+from collectivex.runtime.started import ContainerMechanism, SlurmMechanism, docker_image
 from collectivex.runtime.yamlfile import ROOT
 
 MOUNTS = {Path("/code"): False, Path("/out"): True}
@@ -190,6 +191,27 @@ def test_killed_outright_nothing_goes_on_inside(box: Box) -> None:
     process.wait()
 
     assert box.ends(), box.left()
+
+
+@pytest.mark.parametrize("ending", [InfraError, KeyboardInterrupt])
+def test_a_health_check_that_does_not_end_leaves_no_container(
+    tmp_path: Path, ending: type[BaseException]
+) -> None:
+    """Ending the program that we started does not end what its daemon runs for it."""
+    asked: list[list[str]] = []
+
+    def execute(argv: Sequence[str], *more: object, **others: object) -> Done:
+        asked.append(list(argv))
+        if ending is KeyboardInterrupt and argv[1] == "run":
+            raise ending
+        return Done(124, err="docker did not end within 240 s")
+
+    container = Container("docker", "a/b", "cpu", "python3")
+    mechanism = ContainerMechanism(container, ROOT, Wanted("cpu", 1), {}, execute)
+    with pytest.raises(ending):
+        mechanism.check("before", tmp_path / "health", 1)
+    (name,) = (word.partition("=")[2] for word in asked[0] if word.startswith("--name="))
+    assert asked[1:] == [["docker", "rm", "--force", name]]
 
 
 def test_docker_images_are_run_by_digest(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from collectivex.runtime import detect
 from collectivex.runtime.detect import machine, slug
 
 CPUINFO = "processor\t: 0\nmodel name\t: AMD EPYC 9654\n\nprocessor\t: 1\nmodel name\t: AMD EPYC 9654\n"
@@ -50,6 +51,23 @@ def test_amd_gpus_are_the_kfd_nodes_with_simds(tmp_path: Path) -> None:
         write(tmp_path, f"sys/class/kfd/kfd/topology/nodes/{node}/properties", text)
     found = machine(tmp_path)
     assert (found.vendor, found.gpus, found.product) == ("amd", ("gfx942", "gfx90a"), "gfx942")
+
+
+@pytest.mark.parametrize(
+    ("then", "found"), [("exit 9", ("NVIDIA H200",)), ("sleep 47 & wait", ())], ids=["fails", "hangs"]
+)
+def test_without_the_kernels_list_the_tool_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str, found: tuple[str, ...]
+) -> None:
+    """What it lists counts, whatever its exit code; half a list, or no tool, is none."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-1)'\n{then}\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(detect, "SMI_TIMEOUT_S", 0.5)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert detect._nvidia_from_smi() == found
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert detect._nvidia_from_smi() == ()
 
 
 def test_a_cpu_without_a_name_is_called_by_its_architecture(tmp_path: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from collectivex.runtime.fabric import Fabric, fallen_back, settings
+from collectivex.runtime.fabric import Fabric, by_rank, fallen_back, settings
 
 IB = Fabric("infiniband", ("mlx5_0", "mlx5_1:2"), "eth0", rails=True)
 ROCE = Fabric("roce", ("ionic_0",), gid_index=3, traffic_class=96, small_mr=True)
@@ -73,9 +74,20 @@ def test_nvlink_between_nodes_is_switched_on() -> None:
 def test_a_fall_back_to_sockets_is_seen(line: str) -> None:
     """Both wordings of NCCL, on any rank."""
     good = "n1:12:12 [0] NCCL INFO NET/IB : Using [0]mlx5_0:1/IB\nn1:12:12 [0] NCCL INFO Using network IB"
-    assert (
-        fallen_back(IB, 2, [good, line]) == "rank 1 fell back to sockets; this pool's network is infiniband"
-    )
-    assert fallen_back(IB, 2, [good, good]) is None
-    assert fallen_back(IB, 1, [line]) is None
-    assert fallen_back(Fabric("tcp"), 2, [line]) is None
+    told = fallen_back(IB, 2, [(0, good), (11, line)])
+    assert told == "rank 11 fell back to sockets; this pool's network is infiniband"
+    assert fallen_back(IB, 2, [(0, good), (1, good)]) is None
+    assert fallen_back(IB, 1, [(0, line)]) is None
+    assert fallen_back(Fabric("tcp"), 2, [(0, line)]) is None
+
+
+@pytest.mark.parametrize("name", ["rank{}.log", "process{}/all_reduce.log", "process{}/nccl-debug.71.log"])
+def test_a_log_is_of_the_rank_in_its_name(tmp_path: Path, name: str) -> None:
+    """Sorted by name 10 comes before 2, and the logs of an earlier attempt before both."""
+    logs = {
+        tmp_path / f"nccl.r0.{attempt}" / name.format(rank): rank for attempt in (0, 1) for rank in range(12)
+    }
+    for path, rank in logs.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"said by {rank}")
+    assert list(by_rank(sorted(logs))) == [(logs[path], f"said by {logs[path]}") for path in sorted(logs)]

@@ -48,11 +48,11 @@ class Node:
         return self.listing
 
 
-def ensure(folder: Path, node: Node, ask: Any = None, **more: Any) -> tuple[Path, str]:
+def ensure(
+    folder: Path, node: Node, ask: Any = None, say: images.Say = lambda s: None, **more: Any
+) -> tuple[Path, str]:
     reference = images.parse("lmsysorg/sglang:v1")
-    return images.ensure(
-        reference, "aarch64", folder, lambda s: None, execute=node, ask=ask or registry(), **more
-    )
+    return images.ensure(reference, "aarch64", folder, say, execute=node, ask=ask or registry(), **more)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +105,19 @@ def test_a_failed_import_leaves_nothing_and_says_why(tmp_path: Path) -> None:
     with pytest.raises(InfraError, match="401"):
         ensure(tmp_path, node)
     assert os.listdir(tmp_path) == []
+
+
+def test_every_try_to_import_is_told_with_its_last_words(tmp_path: Path) -> None:
+    """What the importer says is kept from the terminal, so it stands where it failed and in the error."""
+    late = "enroot did not end within 3600 s"
+    endings = [Done(1, err="[ERROR] first"), Done(1, err="[ERROR] second")]
+    endings.append(Done(124, err=f"[INFO] Authenticating\n[INFO] Downloading 3 of 9\n{late}"))
+    told: list[str] = []
+    with pytest.raises(InfraError) as failed:
+        ensure(tmp_path, Node(imports=endings), say=told.append)
+    assert [line for line in told if "failed" in line] == [f"image: that failed: {e.said}" for e in endings]
+    assert f"Downloading 3 of 9 / {late}" in failed.value.message
+    assert "above" not in str(failed.value)
 
 
 def test_a_damaged_image_is_not_kept(tmp_path: Path) -> None:

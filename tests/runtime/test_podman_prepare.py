@@ -16,7 +16,7 @@ import pytest
 from podman_host import PodmanHost, podman_host
 
 from collectivex.runtime import prepared
-from collectivex.runtime.staging import CODE
+from collectivex.runtime.provenance import CODE
 from collectivex.runtime.yamlfile import ROOT
 
 pytestmark = pytest.mark.podman

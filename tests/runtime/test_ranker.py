@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from collectivex.runtime import environment, ranker
-from collectivex.runtime.commands import Done, run
+from collectivex.runtime.commands import Done
 from collectivex.runtime.containers import Container
 from collectivex.runtime.environment import RankEnvironment
 from collectivex.runtime.errors import UserError
@@ -116,20 +116,3 @@ def test_a_rank_that_srun_killed_for_another_is_not_what_went_wrong(
     error = read(tmp_path / "rank0.error.json")
     assert (error and error["kind"]) == kind
     assert kind is None or "without MPI_Finalize" in error["message"]
-
-
-def test_a_program_that_is_not_there_is_said() -> None:
-    """Done, not an exception: the caller decides what a failure means."""
-    assert run(["/no/such/program"]) == Done(127, err="/no/such/program: No such file or directory")
-
-
-def test_a_command_cannot_wait_for_a_password() -> None:
-    """Nothing to read from, and no terminal to open."""
-    done = run(["sh", "-c", "cat; exec 3</dev/tty && echo asked"], timeout_s=20)
-    assert done.code != 0
-    assert "asked" not in done.out
-
-
-def test_a_command_that_takes_too_long_is_ended() -> None:
-    """A hanging scheduler must not hang us."""
-    assert run(["sleep", "30"], timeout_s=0.2).code == 124

@@ -119,13 +119,13 @@ def test_a_run_that_fell_back_to_sockets_is_not_published(
     found = execution(tmp_path)
     found.run()
     shard = execute.Shard("fake.r0", "fake", 0, [p.cell for p in found.planned])
-    log = tmp_path / "rank0.log"
+    log = tmp_path / "rank10.log"
     log.write_text("n1:1:1 [0] NCCL INFO Using network Socket\n")
     monkeypatch.setattr(Sku, "fabric", lambda self: Fabric("infiniband"))
     monkeypatch.setattr(execute, "fallen_back", lambda fabric, nodes, logs: execute_fallen(fabric, 2, logs))
     found.look_after(shard, [log])
     assert record(tmp_path)["status"] == "infra"
-    assert "fell back to sockets" in record(tmp_path)["reason"]
+    assert "rank 10 fell back to sockets" in record(tmp_path)["reason"]
 
 
 execute_fallen = execute.fallen_back  # as it is; above it is told of two nodes

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from collectivex.runtime import staging
+from collectivex.runtime import provenance, staging
 from collectivex.runtime.errors import InfraError
 from collectivex.runtime.staging import Stage
 
@@ -29,6 +29,11 @@ def test_the_stage_runs_like_the_checkout(tmp_path: Path) -> None:
     assert {p.name for p in stage.root.iterdir()} - {"REVISION"} == set(staging.CODE)
     assert stage.folder.stat().st_mode & 0o777 == 0o700
     assert (stage.root / "suites" / "smoke.yaml").is_file()
+
+
+def test_what_is_staged_is_what_a_commit_must_agree_with() -> None:
+    """A copy calls itself clean by the folders that provenance looks at; others in it would go unseen."""
+    assert staging.CODE is provenance.CODE
 
 
 def test_results_are_counted_when_they_are_back(tmp_path: Path) -> None:
