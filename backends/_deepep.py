@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.types import Case, Moe
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
 # Tokens per rank that buffers and run-time compiled kernels are made for, whatever a case has: the time of a
 # call does not depend on it, that of compiling does on how many there are.
 CAPACITY = 8192
+
+UNKNOWN = "unknown"
 
 _SITE = "{folder}/site/nvidia"
 _JIT = {"CUDA_HOME": "{cuda}", "NVCC_CCBIN": "{cxx}"}  # both branches compile kernels with nvcc at run time
@@ -63,12 +68,13 @@ HYBRID = Recipe(
 )
 
 
-def load(wanted: str, extension: str, hint: str, version: str | None = None) -> Any:
+def load(wanted: str, extension: str, hint: str, version: str, pin: str) -> Any:
     """The package `deep_ep` that has the class `wanted`: two libraries, main and hybrid-ep, go by that name.
 
     extension   its compiled module, by full name
     hint        what to do where it is missing
-    version     the one it must say it has
+    version     the one that it must say it has, in `__version__` or as it was installed: `version+commit`
+    pin         the commit that must be, where it says one; what says nothing is taken
     """
     try:
         package = importlib.import_module("deep_ep")
@@ -80,16 +86,30 @@ def load(wanted: str, extension: str, hint: str, version: str | None = None) -> 
         ) from error
     if not hasattr(package, wanted):
         raise MissingLibrary(f"this deep_ep has no {wanted}: it is the other branch of DeepEP. {hint}")
-    if version is not None and package.__version__ != version:
-        raise MissingLibrary(f"deep_ep {package.__version__} is loaded, the adapter fits {version}. {hint}")
+    public, _, local = (said := version_of(package)).partition("+")
+    commit = re.fullmatch("[0-9a-f]{7,40}", local)
+    if said != UNKNOWN and (public != version or (commit and local[: len(pin)] != pin[: len(local)])):
+        raise MissingLibrary(f"deep_ep {said} is loaded, the adapter fits {version}+{pin[:7]}. {hint}")
     return package
 
 
-def versions(package: Any, extension: str, pin: str) -> Mapping[str, str]:
+def version_of(package: Any) -> str:
+    """As the package was installed, "2.1.0+dd758ca"; else its `__version__`, which hybrid-ep has not; else
+    unknown. Other packages of the name may lie on the path, so what is asked is the loaded file's."""
+    try:
+        found = metadata.distribution("deep_ep")
+        file = Path(package.__file__ or "")
+        if Path(str(found.locate_file("deep_ep/__init__.py"))).resolve() == file.resolve():
+            return found.version
+    except (metadata.PackageNotFoundError, AttributeError, OSError):
+        pass
+    return str(getattr(package, "__version__", UNKNOWN))
+
+
+def versions(package: Any, extension: str) -> Mapping[str, str]:
     """What the loaded package says of itself, and the file of its compiled module."""
     compiled = importlib.import_module(extension)
-    version = getattr(package, "__version__", f"{pin} (the package does not say)")  # hybrid-ep has none
-    return {"deep_ep": str(version), extension: str(compiled.__file__)}
+    return {"deep_ep": version_of(package), extension: str(compiled.__file__)}
 
 
 def one_node(case: Case) -> str | None:

@@ -107,7 +107,7 @@ class Backend(MoeOnly):
 
     def setup(self, context: Context) -> None:
         self.context = context
-        self.package = _deepep.load("ElasticBuffer", EXTENSION, _HINT, VERSION)
+        self.package = _deepep.load("ElasticBuffer", EXTENSION, _HINT, VERSION, PIN)
         self.buffers: dict[tuple[int, int, int], Any] = {}
 
     def moe(self, case: Case, problem: MoeProblem) -> _Exchange:
@@ -118,7 +118,7 @@ class Backend(MoeOnly):
         return _Exchange(buffer, problem, case.variant == "expand", realised, case.mode == "normal")
 
     def versions(self) -> Mapping[str, str]:
-        return _deepep.versions(self.package, EXTENSION, PIN)
+        return _deepep.versions(self.package, EXTENSION)
 
     def close(self) -> None:
         for buffer in self.buffers.values():
@@ -187,11 +187,12 @@ class _Exchange:
         buffer: Any,
         problem: MoeProblem,
         expand: bool,
-        realised: Mapping[str, int | float | str],
+        realised: dict[str, int | float | str],
         wait: bool = True,
     ):
         self.buffer, self.problem, self.expand, self.wait = buffer, problem, expand, wait
-        self.realised, self.sms = realised, realised["num_sms"]
+        self.realised: dict[str, int | float | str] = realised
+        self.sms = realised["num_sms"]
         self.fp8 = problem.shape.dtype == "fp8"
 
     def input(self) -> Any:
@@ -216,6 +217,7 @@ class _Exchange:
         return self.buffer.combine(staged, state.handle, num_sms=self.sms)[0]
 
     def received(self, state: State) -> Received:
+        self.realised["num_sms"] = state.handle.num_sms  # what dispatch used
         counts = self._counts(state)
         rows, scales = state.rows if self.fp8 else (state.rows, None)
         if self.expand:
@@ -270,7 +272,7 @@ class Cached(_Exchange):
     """With the handle of one uncached call at opening, which fixes the place of every row; so its weights,
     which a cached call is not given, are those of every later call."""
 
-    def __init__(self, buffer: Any, problem: MoeProblem, expand: bool, realised: Mapping[str, Any]):
+    def __init__(self, buffer: Any, problem: MoeProblem, expand: bool, realised: dict[str, Any]):
         super().__init__(buffer, problem, expand, realised)
         self.known = super().dispatch()
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ..runtime.problem import MoeProblem
 
 PIN = "94a9f8f6b146"
+VERSION = "1.2.1"
 EXTENSION = "hybrid_ep_cpp"
 CHUNK = 64  # tokens per dispatch chunk, the library's default
 
@@ -123,7 +124,7 @@ class Backend(MoeOnly):
 
     def setup(self, context: Context) -> None:
         self.context = context
-        self.package = _deepep.load("HybridEPBuffer", EXTENSION, _HINT)
+        self.package = _deepep.load("HybridEPBuffer", EXTENSION, _HINT, VERSION, PIN)
         self.buffers: dict[Any, Any] = {}
 
     def moe(self, case: Case, problem: MoeProblem) -> Plain | Permute:
@@ -135,7 +136,7 @@ class Backend(MoeOnly):
         return Permute(buffer, problem, wait=case.mode == "normal")
 
     def versions(self) -> Mapping[str, str]:
-        return _deepep.versions(self.package, EXTENSION, PIN)
+        return _deepep.versions(self.package, EXTENSION)
 
     def close(self) -> None:
         self.buffers.clear()  # the last references: their destructors free what peers have mapped

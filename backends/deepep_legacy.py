@@ -70,7 +70,7 @@ class Backend(MoeOnly):
 
     def setup(self, context: Context) -> None:
         self.context = context
-        self.package = _deepep.load("ElasticBuffer", EXTENSION, _HINT, VERSION)
+        self.package = _deepep.load("ElasticBuffer", EXTENSION, _HINT, VERSION, PIN)
         self.default_sms: int = self.package.Buffer.num_sms
         self.normal = self.ll = Made()
 
@@ -83,7 +83,7 @@ class Backend(MoeOnly):
         return kind(self._normal_buffer(problem), problem, {"num_sms": self.package.Buffer.num_sms})
 
     def versions(self) -> Mapping[str, str]:
-        return _deepep.versions(self.package, EXTENSION, PIN)
+        return _deepep.versions(self.package, EXTENSION)
 
     def close(self) -> None:
         for made in (self.normal, self.ll):

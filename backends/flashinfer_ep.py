@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from ..runtime.problem import MoeProblem
 
+_HINT = "`cx prepare --backend flashinfer_ep` installs it"
+NEWEST = (0, 7)  # minor version: what comes later nobody has read or tried
 OLDEST = (0, 6, 16)  # from here on float32 sums, and file descriptors that need no privilege to pass on
 TOPK = (1, 2, 4, 6, 8, 10, 12, 14, 16, 18, 22)  # SWITCH_TOP_K of the kernels
 RANKS = 64  # kMaxRanks
@@ -111,13 +113,7 @@ class Backend(MoeOnly):
             import flashinfer.comm.mnnvl  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise MissingLibrary(_missing("flashinfer", error)) from error
-        found = re.match(r"(\d+)\.(\d+)\.(\d+)", flashinfer.__version__)
-        if found is None or tuple(map(int, found.groups())) < OLDEST:
-            oldest = ".".join(map(str, OLDEST))
-            raise MissingLibrary(
-                f"flashinfer {flashinfer.__version__} is older than {oldest}, from which on combine adds in "
-                f"float32: pip install flashinfer-python=={self.facts.source.pin}"
-            )
+        _refuse(str(flashinfer.__version__))
         self.context, self.flashinfer = context, flashinfer
 
     def moe(self, case: Case, problem: MoeProblem) -> Exchange:
@@ -176,6 +172,20 @@ class Backend(MoeOnly):
         self.made.clear()
 
 
+def _refuse(version: str) -> None:
+    """Raises MissingLibrary for a version that the adapter does not fit."""
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    number = tuple(map(int, found.groups())) if found else ()
+    if number < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        why = f"is older than {oldest}, from which on combine adds in float32"
+    elif number[:2] > NEWEST:
+        why = f"is newer than {'.'.join(map(str, NEWEST))}, the last that the adapter was written for"
+    else:
+        return
+    raise MissingLibrary(f"flashinfer {version} {why}; {FACTS.source.pin} is pinned. {_HINT}")
+
+
 def _moe_ep() -> ModuleType:
     try:
         import flashinfer.moe_ep  # pyright: ignore[reportMissingImports]
@@ -185,8 +195,7 @@ def _moe_ep() -> ModuleType:
 
 
 def _missing(module: str, error: ImportError) -> str:
-    how = f"pip install flashinfer-python=={FACTS.source.pin}"
-    return f"{module} cannot be imported ({error}): {how}"
+    return f"{module} of flashinfer-python {FACTS.source.pin} cannot be imported ({error}). {_HINT}"
 
 
 class State(NamedTuple):

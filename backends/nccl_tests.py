@@ -229,8 +229,8 @@ def find(program: str, mpi: bool, environ: Mapping[str, str]) -> str:
     build = f"build {FACTS.source.name} at {FACTS.source.pin}" + (" with MPI=1" if mpi else "")
     since = f" (no version before {FIRST_IN[program]} has it)" if program in FIRST_IN else ""
     raise MissingLibrary(
-        f"{program} is neither in {prepared} nor on PATH{since}: {build}, and put its build folder on PATH "
-        "or the binaries there"
+        f"{program} is neither in {prepared} nor on PATH{since}: `cx prepare --backend "
+        f"{FACTS.name}`, or {build}, and put its build folder on PATH or the binaries there"
     )
 
 

@@ -380,6 +380,7 @@ class ElasticBuffer(Destroyable):
         need(not allow_hybrid_mode, "hybrid mode asks for GIN, which a machine without NICs has not")
         need(num_max_tokens_per_rank > 0 and hidden > 0, "sizes are missing")
         self.group, self.num_max_tokens_per_rank, self.hidden = group, num_max_tokens_per_rank, hidden
+        self.sms: list[tuple[str, int]] = []
         self.topk, self.reduce_twice, self.fp8, self.calls = (
             num_topk,
             allow_multiple_reduction,
@@ -423,6 +424,7 @@ class ElasticBuffer(Destroyable):
         use_tma_aligned_col_major_sf=False,
     ):
         need(not self.destroyed and num_sms > 0, "num_sms=0 with a handle raises in the library")
+        self.sms.append(("dispatch", num_sms))
         check_input(x, topk_idx, topk_weights)
         values = x[0] if isinstance(x, tuple) else x
         need(
@@ -460,7 +462,9 @@ class ElasticBuffer(Destroyable):
                 "the handle is of another routing",
             )
         else:
-            handle = self._handle(local, sources, came, count, num_experts, do_expand, topk_idx, order)
+            handle = self._handle(
+                local, sources, came, count, num_experts, do_expand, topk_idx, order, num_sms
+            )
             handle.exact = wait
         if not do_expand:
             weights = None if weights is None else stretch(weights, count)
@@ -474,7 +478,7 @@ class ElasticBuffer(Destroyable):
         return stretch(take(rows, token[place]), count), None, weights, handle, None
 
     def _handle(
-        self, local, sources, came, count, num_experts, do_expand, topk_idx, order
+        self, local, sources, came, count, num_experts, do_expand, topk_idx, order, num_sms
     ) -> SimpleNamespace:
         n, each = len(local), num_experts // self.group.size()
         metadata = torch.full((count, local.shape[1] + 2), -5, dtype=torch.int32)
@@ -490,6 +494,7 @@ class ElasticBuffer(Destroyable):
                         next_slot[expert] += 1
         return SimpleNamespace(
             do_expand=do_expand,
+            num_sms=num_sms,
             num_experts=num_experts,
             topk_idx=topk_idx.clone(),
             order=order,
@@ -512,6 +517,7 @@ class ElasticBuffer(Destroyable):
         allocate_on_comm_stream=False,
     ):
         need(not self.destroyed, "destroyed")
+        self.sms.append(("combine", num_sms))
         need(x.dtype == torch.bfloat16 and x.is_contiguous(), "combine takes contiguous bf16")
         metadata, most = handle.recv_src_metadata, self.num_max_tokens_per_rank
         need(handle.do_expand or len(x) == len(metadata), "plain: as many rows as were received")

@@ -111,6 +111,36 @@ def test_the_number_of_sms_is_asked_for_or_the_librarys_rule(knobs, links, reali
     assert {"num_max_tokens_per_rank": 64, **realised} == found
 
 
+@pytest.mark.parametrize("mode", ["normal", "cached", "low-latency"])
+def test_every_call_gets_the_sms_that_were_asked_for(mode) -> None:
+    """Dispatch without a handle and with one, and combine."""
+
+    def work(exchange, problem, variant, device):
+        whole(exchange, problem, variant, device)
+        return set(exchange.buffer.sms)
+
+    for used in on_ranks(case(mode=mode, knobs=(("num_sms", 24),)), Backend, work):
+        assert {("dispatch", 24), ("combine", 24)} == used
+
+
+def test_sms_that_were_not_used_are_told(monkeypatch) -> None:
+    """What counts is the library's word: its handle says what dispatch used."""
+    honest = deepep_fake.ElasticBuffer._handle
+
+    def other(self, *given):
+        handle = honest(self, *given)
+        handle.num_sms = 4
+        return handle
+
+    monkeypatch.setattr(deepep_fake.ElasticBuffer, "_handle", other)
+
+    def work(exchange, problem, variant, device):
+        whole(exchange, problem, variant, device)
+        return exchange.realised["num_sms"]
+
+    assert [4] * 4 == on_ranks(case(knobs=(("num_sms", 24),)), Backend, work)
+
+
 def test_buffers_are_kept_by_size_and_all_destroyed() -> None:
     """One buffer for every dtype and variant of a size; none is left when the backend closes."""
     before = deepep_fake.Destroyable.alive

@@ -10,7 +10,7 @@ import pytest
 from deepep_fake import Broken, on_ranks
 from exchange_job import failed, whole
 
-from collectivex.backends import deepep_hybrid
+from collectivex.backends import _deepep, deepep_hybrid
 from collectivex.backends.base import Context, MissingLibrary
 from collectivex.backends.deepep_hybrid import FACTS, Backend
 from collectivex.runtime.device import ManualDevice
@@ -155,10 +155,45 @@ def test_what_is_not_the_pinned_library_is_refused_with_a_hint(what, monkeypatch
         Backend().setup(Context(None, ManualDevice()))
 
 
-def test_a_package_without_a_version_is_named_by_the_pin() -> None:
-    """hybrid-ep has no __version__."""
+def test_a_package_that_does_not_say_its_version_is_unknown() -> None:
+    """hybrid-ep has no __version__: where it was not installed as a package, nobody knows."""
     backend = Backend()
     backend.setup(Context(None, ManualDevice()))
     said = backend.versions()
-    assert "94a9f8f6b146 (the package does not say)" == said["deep_ep"]
+    assert "unknown" == said["deep_ep"]
     assert "hybrid_ep_cpp.so" == said["hybrid_ep_cpp"]
+
+
+@pytest.mark.parametrize(
+    ("said", "taken"),
+    [
+        ("1.2.1+94a9f8f", True),
+        ("1.2.1+94a9f8f6b1460000000000000000000000000000", True),
+        ("1.2.1+mine", True),
+        ("1.2.1", True),
+        ("1.2.1+0123abc", False),
+        ("1.3.0+94a9f8f", False),
+        ("1.1.0", False),
+    ],
+)
+def test_another_version_than_the_pinned_one_is_refused(said, taken, monkeypatch, tmp_path) -> None:
+    """As the loaded file was installed; another package of that name elsewhere on the path says nothing."""
+    file = tmp_path / "deep_ep" / "__init__.py"
+
+    class Installed:
+        version = said
+
+        def locate_file(self, name):
+            return tmp_path / name
+
+    monkeypatch.setattr(_deepep.metadata, "distribution", lambda name: Installed())
+    backend = Backend()
+    backend.setup(Context(None, ManualDevice()))
+    assert "unknown" == backend.versions()["deep_ep"]
+    monkeypatch.setattr(sys.modules["deep_ep"], "__file__", str(file), raising=False)
+    if taken:
+        backend.setup(Context(None, ManualDevice()))
+        assert said == backend.versions()["deep_ep"]
+    else:
+        with pytest.raises(MissingLibrary, match=r"the adapter fits 1\.2\.1\+94a9f8f"):
+            backend.setup(Context(None, ManualDevice()))
