@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .consistency import MANIFEST_FACTS
 from .errors import UserError
-from .records import Record, Unusable, load, record
+from .records import Record, Unusable, believe, load, record
 from .types import MANIFEST_SCHEMA, RESULT_SCHEMA, Status
 
 POOL_FROM = 800  # files; below it, starting processes costs more than it gains
@@ -56,10 +57,14 @@ class Reading:
 
 
 class Job(NamedTuple):
-    """A file to read. `cell_id` is what the manifest expects in it, None for a file it does not list."""
+    """A file to read. `cell_id` is what the manifest expects in it, None for a file it does not list.
+
+    manifest   what it says of the whole execution (consistency.MANIFEST_FACTS); folder: where it lies
+    """
 
     execution: int
-    execution_name: str
+    manifest: Mapping[str, str]
+    folder: str
     path: str
     cell_id: str | None
     stands: str
@@ -153,7 +158,7 @@ def _jobs(
     """What a manifest expects, and every file there is: expected or not."""
     present = _cell_files(folder / "cells", problems)
     expected: dict[str, tuple[int, str, str, str | None]] = {}
-    jobs = []
+    jobs, facts = [], {name: manifest[name] for name in MANIFEST_FACTS}
     for cell in manifest["cells"]:
         cell_id, name = cell["cell_id"], cell["file"] or f"cells/{cell['cell_id']}.json"
         if cell_id in expected:
@@ -162,8 +167,8 @@ def _jobs(
         path = present.pop(name, None)
         expected[cell_id] = (index, cell_id, cell["status"], path)
         if path is not None:
-            jobs.append(Job(index, manifest["execution"], path, cell_id, cell["status"]))
-    jobs += [Job(index, manifest["execution"], path, None, "") for path in present.values()]
+            jobs.append(Job(index, facts, str(folder), path, cell_id, cell["status"]))
+    jobs += [Job(index, facts, str(folder), path, None, "") for path in present.values()]
     return list(expected.values()), jobs
 
 
@@ -239,7 +244,8 @@ def read_chunk(jobs: Sequence[Job]) -> Chunk:
             if job.cell_id is None:
                 chunk.strays.append((job.execution, document["identity"]["cell_id"], job.path))
                 continue
-            one = record(document, job.execution, job.execution_name, job.path, job.cell_id)
+            one = record(document, job.execution, job.manifest["execution"], job.path, job.cell_id)
+            believe(document, job.manifest, job.folder)
         except Unusable as error:
             chunk.problems.append(Problem(job.path, str(error)))
             continue

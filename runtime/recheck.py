@@ -15,17 +15,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import domains, schemas
+from . import consistency, domains, schemas
+from .consistency import LARGEST_SIDECAR, REDUCTIONS
 from .environment import private
 from .redact import Private, Redactor
 from .stats import reduce_ranks, summarise
-from .types import Case, Status, case_from_json, comparison_key
+from .types import Case, case_from_json, comparison_key
 
-LARGEST_SIDECAR = 256 << 20  # bytes, unpacked: 4,000 samples of 20 series of 64 ranks are half of it
 # Samples are stored to the nanosecond, statistics may be made of what was measured: a sample is off by half
 # of it, and so are the median over ranks, the centre, and the rounded result of a deviation from it.
 TOLERANCE_US = 0.004
-REDUCTIONS = ("max", "median", "min", "spread")
 
 Document = Mapping[str, Any]
 
@@ -36,11 +35,13 @@ def result(document: Document, folder: Path) -> Iterator[str]:
     yield from _identity(document, case)
     yield from _placement(document, case)
     yield from _measurements(document, case)
-    yield from _verdicts(document)
+    yield from consistency.verdicts(document)
     yield from _bytes(document, case)
     yield from _privacy(document)
     if document["samples"] is not None:
         yield from _samples(document, case, folder)
+    elif document["measurements"]:
+        yield "samples: none, and still there are measurements"
 
 
 def _identity(document: Document, case: Case) -> Iterator[str]:
@@ -76,31 +77,7 @@ def _measurements(document: Document, case: Case) -> Iterator[str]:
         key = comparison_key(case, entry["regime"], topology, contract)
         if entry["comparison_key"] != key:
             yield f"{at}.comparison_key: its case gives {key}, not {entry['comparison_key']}"
-        for name in REDUCTIONS:
-            if not _ordered(entry[name]):
-                yield f"{at}.{name}: percentiles are not in order between minimum and maximum"
-
-
-def _ordered(stats: Document) -> bool:
-    values = [stats[name] for name in ("min", "p50", "p90", "p95", "p99", "max")]
-    return values == sorted(values) and values[0] >= 0
-
-
-def _verdicts(document: Document) -> Iterator[str]:
-    """Correctness and knobs against the status."""
-    verdict = document["correctness"]
-    if verdict is not None:
-        passed = bool(verdict["checks"]) and all(check["passed"] for check in verdict["checks"])
-        if verdict["passed"] != passed:
-            yield f"correctness.passed: says {verdict['passed']}, its checks say {passed}"
-    if document["status"] not in (Status.OK.value, Status.IMPLAUSIBLE.value):
-        return
-    if verdict is None or not verdict["passed"]:
-        yield "status: publishes a latency without a passed check"
-    for name, knob in document["knobs"].items():
-        if knob["requested"] is not None and knob["requested"] != knob["realised"]:
-            what = f"{knob['requested']} asked, {knob['realised']} applied"
-            yield f"knobs.{name}: {what}, and still {document['status']}"
+        yield from (f"{at}{problem}" for problem in consistency.order(entry))
 
 
 def _bytes(document: Document, case: Case) -> Iterator[str]:

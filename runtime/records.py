@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import bandwidth, domains, schemas
+from . import bandwidth, consistency, domains, schemas
 from .types import CONTRACT, Case, Shape, Status, case_from_json, comparison_key
 
 PERCENTILES = ("p50", "p90", "p95", "p99")
@@ -172,15 +172,24 @@ def record(
     )
 
 
+def believe(document: Mapping[str, Any], manifest: Mapping[str, str], folder: str) -> None:
+    """Raises Unusable when a record contradicts itself, its manifest, or the file of its samples.
+
+    manifest   its consistency.MANIFEST_FACTS
+    """
+    problem = next(consistency.contradictions(document, manifest, folder), None)
+    if problem is not None:
+        raise Unusable(problem)
+
+
 def _row(document: Mapping[str, Any], case: Case, measurement: Mapping[str, Any]) -> Row:
     regime, component = measurement["regime"], measurement["component"]
-    if document["contract"] == CONTRACT:
-        topology = document["identity"]["topology_class"]
-        key = key_of(case.shape, case.mode, case.ranks, case.nodes, regime, topology)
-        if measurement["comparison_key"] != key:
-            raise Unusable(
-                f"was changed: the comparison key of {regime} {component} does not follow from its case"
-            )
+    topology, contract = document["identity"]["topology_class"], document["contract"]
+    key = key_of(case.shape, case.mode, case.ranks, case.nodes, regime, topology, contract)
+    if measurement["comparison_key"] != key:
+        raise Unusable(
+            f"was changed: the comparison key of {regime} {component} does not follow from its case"
+        )
     stats = measurement[measurement["headline"]]
     percentiles = tuple(float(stats[name]) for name in PERCENTILES)
     intervals = tuple(_interval(stats["intervals"][name]) for name in PERCENTILES)
@@ -244,6 +253,14 @@ def _id_of(case: Case) -> str:
 
 
 @lru_cache(maxsize=4096)
-def key_of(shape: Shape, mode: str, ranks: int, nodes: int, regime: str, topology_class: str) -> str:
+def key_of(
+    shape: Shape,
+    mode: str,
+    ranks: int,
+    nodes: int,
+    regime: str,
+    topology_class: str,
+    contract: str = CONTRACT,
+) -> str:
     """`types.comparison_key`, remembered: most cells of a suite share theirs with others."""
-    return comparison_key(Case("", "", mode, shape, ranks, nodes), regime, topology_class)
+    return comparison_key(Case("", "", mode, shape, ranks, nodes), regime, topology_class, contract)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import recheck
+from . import consistency, recheck
 from .errors import UserError
 from .reading import Problem, find_executions
 from .records import Unusable, load
@@ -111,10 +111,8 @@ def _agree(
 ) -> Iterator[str]:
     if cell["status"] != document["status"]:
         yield f"{cell['cell_id']}: says {cell['status']}, its record says {document['status']}"
-    said = {**document["identity"], "contract": document["contract"]}
-    for name in ("execution", "suite", "sku", "contract"):
-        if said[name] != manifest[name]:
-            yield f"{cell['cell_id']}: its record is of {name} {said[name]}, not {manifest[name]}"
+    for said, stated in consistency.membership(document, manifest):
+        yield f"{cell['cell_id']}: its record is of {said}, not {stated}"
 
 
 def _foreign(folder: Path, published: bool) -> Iterator[tuple[Path, str]]:

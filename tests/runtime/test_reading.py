@@ -172,9 +172,7 @@ def test_a_huge_file_is_not_read_whole(tmp_path: Path) -> None:
 
 def test_an_older_contract_is_read(tmp_path: Path) -> None:
     """Old published results stay readable; their comparison keys keep them apart from new ones."""
-    document = result()
-    document["contract"] = "2026.1-1"
-    found = read([execution(tmp_path, [document])])
+    found = read([execution(tmp_path, [result(contract="2026.1-1")])])
     assert found.problems == []
     assert found.records[0].contract == "2026.1-1"
 
