@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from .consistency import MANIFEST_FACTS
 from .errors import UserError
-from .records import Record, Unusable, believe, load, record
+from .records import Broken, Record, Unusable, believe, load, record
 from .types import MANIFEST_SCHEMA, RESULT_SCHEMA, Status
 
 POOL_FROM = 800  # files; below it, starting processes costs more than it gains
@@ -82,9 +82,11 @@ def read(folders: Sequence[str | Path], processes: int | None = None) -> Reading
     for path in paths:
         try:
             manifest = load(path / "manifest.json", "manifest", MANIFEST_SCHEMA)
-            _refuse_copy(manifest, reading.executions)
         except Unusable as error:
-            reading.problems.append(Problem(str(path / "manifest.json"), str(error)))
+            reading.problems += without_manifest(path, error)
+            continue
+        if problem := _copy(path, manifest, reading.executions):
+            reading.problems.append(problem)
             continue
         cells, some_jobs = _jobs(path, len(reading.executions), manifest, reading.problems)
         jobs += some_jobs
@@ -136,20 +138,35 @@ def find_executions(folders: Sequence[Path]) -> tuple[list[Path], list[Problem]]
                 continue
             if "cells" in subfolders:
                 subfolders.remove("cells")
-                if any((path / "cells").glob("*.json")):
-                    problems.append(
-                        Problem(str(path / "cells"), "no manifest.json beside it says what was requested")
-                    )
+                problems.extend(without_manifest(path, None))
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
     return sorted(found.values()), problems
 
 
-def _refuse_copy(manifest: Mapping[str, Any], executions: Iterable[Execution]) -> None:
+def without_manifest(folder: Path, why: Unusable | None) -> list[Problem]:
+    """The records of an execution whose manifest cannot be used, each by name, after the manifest itself;
+    None: it is gone. Nobody knows what else was requested, so none of them is counted."""
+    orphans = sorted((folder / "cells").glob("*.json"))
+    if why is not None:
+        problems = [Problem(str(folder / "manifest.json"), str(why))]
+    elif orphans:
+        problems = [Problem(str(folder / "cells"), "no manifest.json beside it says what was requested")]
+    else:
+        return []
+    if orphans and (why is None or isinstance(why, Broken)):
+        hint = "the command that made the folder, with --resume, makes it anew from the plan and the records"
+        problems = [Problem(path, f"{reason}; {hint}") for path, reason in problems]
+    return problems + [
+        Problem(str(path), "is an orphan: no manifest tells that it was asked for") for path in orphans
+    ]
+
+
+def _copy(folder: Path, manifest: Mapping[str, Any], executions: Iterable[Execution]) -> Problem | None:
     for other in executions:
         if other.name == manifest["execution"]:
-            raise Unusable(
-                f"execution {other.name} was already read from {other.path}; this copy is left out"
-            )
+            said = f"execution {other.name} was already read from {other.path}; this copy is left out"
+            return Problem(str(folder / "manifest.json"), said)
+    return None
 
 
 def _jobs(

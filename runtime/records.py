@@ -80,6 +80,10 @@ class Unusable(Exception):
     """Why a document cannot be used; becomes a Problem."""
 
 
+class Broken(Unusable):
+    """It is one of ours, as far as one can tell, and was cut off or spoilt."""
+
+
 def load(path: Path, name: str, schema: str) -> dict[str, Any]:
     """One document, valid and of a version this code knows."""
     try:
@@ -96,7 +100,7 @@ def load(path: Path, name: str, schema: str) -> dict[str, Any]:
     except RecursionError as error:
         raise Unusable(f"is nested too deeply: not a {name}") from error
     except ValueError as error:  # not JSON or not UTF-8
-        raise Unusable(f"is not JSON, or truncated: {error}") from error
+        raise Broken(f"is not JSON, or truncated: {error}") from error
     said = document.get("schema") if isinstance(document, dict) else None
     if said != schema:
         kind, _, version = schema.rpartition(".v")
@@ -109,7 +113,7 @@ def load(path: Path, name: str, schema: str) -> dict[str, Any]:
         )
     if not schemas.validator(name).is_valid(document):
         key, what = next(schemas.problems(name, document))
-        raise Unusable(
+        raise Broken(
             f"does not follow the schema: {key}: {what}" if key else f"does not follow the schema: {what}"
         )
     return document

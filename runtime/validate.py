@@ -12,7 +12,7 @@ from typing import Any
 
 from . import consistency, recheck, recount
 from .errors import UserError
-from .reading import Problem, find_executions
+from .reading import Problem, find_executions, without_manifest
 from .records import Unusable, load
 from .scrub import folders as folders_in
 from .types import MANIFEST_SCHEMA, RESULT_SCHEMA, case_from_json
@@ -58,7 +58,7 @@ def execution(folder: Path, published: bool = False, notes: set[str] | None = No
     try:
         manifest = load(folder / "manifest.json", "manifest", MANIFEST_SCHEMA)
     except Unusable as error:
-        problems.append(Problem(str(folder / "manifest.json"), str(error)))
+        problems += without_manifest(folder, error)
     documents: dict[str, Mapping[str, Any]] = {}
     for path in sorted((folder / "cells").glob("*.json")):
         try:

@@ -58,10 +58,22 @@ def test_a_folder_without_results_is_a_user_error(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().err.startswith("error: no results under ")
 
 
-def test_results_without_a_manifest_are_a_problem(folder: Path) -> None:
-    """Which cells were asked for is then unknown."""
+def test_results_without_a_manifest_are_a_problem(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which cells were asked for is then unknown; each of them is named."""
     (folder / "manifest.json").unlink()
     assert cli.main(["validate", str(folder)]) == 1
+    out = capsys.readouterr().out
+    assert "with --resume, makes it anew from the plan and the records" in out
+    assert out.count("is an orphan") == 3
+
+
+def test_results_beside_a_broken_manifest_are_named(folder: Path) -> None:
+    """With the way to count them again, and nothing is said of them that is not wrong."""
+    (folder / "manifest.json").write_text("{")
+    first, *orphans = said(folder)
+    assert first.startswith("manifest.json: is not JSON, or truncated")
+    assert "with --resume, makes it anew" in first
+    assert ["is an orphan" in line for line in orphans] == [True] * 3
 
 
 def a_measurement(data: dict[str, Any]) -> dict[str, Any]:
