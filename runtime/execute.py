@@ -35,7 +35,7 @@ from .starting import LauncherProcesses
 from .suite import Suite, load_suite
 from .supervise import Ending, Group, Shard, Watch, supervise
 from .types import CASES_SCHEMA, CONTRACT, Cell, Status, case_to_json
-from .writing import write_bytes, write_json
+from .writing import set_aside, write_bytes, write_json
 
 # Ended by themselves: --resume does not run these again.
 COMPLETED = {Status.OK, Status.INCORRECT, Status.IMPLAUSIBLE, Status.UNSUPPORTED}
@@ -238,17 +238,14 @@ class Execution:
         return self.out / "cells" / f"{cell.id}.json"
 
     def done(self, cell: Cell) -> bool:
-        """Whether an earlier execution into this folder (--resume) left a completed record, or this one has
-        tried it: a node that has to be replaced gives a library no second try."""
+        """Whether an earlier execution into this folder (--resume) left a completed record (resuming.py), or
+        this one has tried it: a node that has to be replaced gives a library no second try."""
         return cell.id in self.failed or self.manifest.status(cell.id) in COMPLETED
 
     def set_aside(self, cell: Cell) -> None:
         """A record that --resume is about to replace is kept beside the logs."""
-        path = self.path(cell)
-        if path.exists():
-            kept = self.out / "logs" / "superseded" / f"{cell.id}.{int(path.stat().st_mtime)}.json"
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(kept)
+        if self.path(cell).exists():
+            set_aside(self.out, self.path(cell))
 
     def has_result(self, cell: Cell) -> bool:
         """Whether the worker wrote this cell's result; if so it is now in the manifest."""
@@ -327,8 +324,7 @@ class Execution:
                 samples = json.loads(self.path(cell).read_text())["samples"]
                 self.set_aside(cell)
                 if samples is not None:
-                    path = self.out / samples["file"]
-                    path.rename(self.out / "logs" / "superseded" / path.name)
+                    set_aside(self.out, self.out / samples["file"])
                 self.record(cell, Ending(Status.INFRA, scrub(reason)))
                 self.progress.event("infra", cell.id)
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import secrets
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from . import resuming
 from .document import now
 from .errors import UserError
 from .types import CONTRACT, MANIFEST_SCHEMA, Cell, Status
-from .writing import write_json
+from .writing import set_aside, write_json
 
 SAVE_EVERY_S = 1.0  # a manifest of thousands of cells is not rewritten for each of them
 GOOD = {Status.OK, Status.UNSUPPORTED}
@@ -36,13 +37,13 @@ class Manifest:
     def open(
         out: Path, suite: str, sku: str, command: Sequence[str], cells: Sequence[Cell], resume: bool
     ) -> Manifest:
-        """A new manifest in `out`, or with `resume` the one that is there.
+        """A new manifest in `out`, or with `resume` the one that is there, as its records say (resuming.py).
 
         Raises UserError when the folder holds something else, or another plan.
         """
         path = out / "manifest.json"
         wanted = [cell.id for cell in cells]
-        if path.exists():
+        if path.exists() or any((out / "cells").glob("*.json")):
             if not resume:
                 raise UserError(
                     f"{out} already holds an execution", "choose another --out, or go on with --resume"
@@ -99,20 +100,16 @@ class Manifest:
 
 def _reopen(path: Path, suite: str, sku: str, command: Sequence[str], wanted: Sequence[str]) -> Manifest:
     hint = "choose another --out"
-    try:
-        data = json.loads(path.read_text())
-        cells = {
-            entry["cell_id"]: None if entry["status"] == "pending" else Status(entry["status"])
-            for entry in data["cells"]
-        }
-        manifest = Manifest(
-            path, data["execution"], data["created_at"], data["suite"], data["sku"], list(command), cells
-        )
-        contract = data["contract"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a manifest that can be resumed: {error}", hint) from error
-    if contract != CONTRACT:
-        raise UserError(f"{path} was made under contract {contract}, this is {CONTRACT}", hint)
-    if (manifest.suite, manifest.sku, set(cells)) != (suite, sku, set(wanted)):
-        raise UserError(f"{path} holds another plan ({manifest.suite} on {manifest.sku})", hint)
+    found = resuming.manifest(path, wanted)
+    if found["contract"] != CONTRACT:
+        raise UserError(f"{path} was made under contract {found['contract']}, this is {CONTRACT}", hint)
+    if (found["suite"], found["sku"], set(found["cells"])) != (suite, sku, set(wanted)):
+        raise UserError(f"{path} holds another plan ({found['suite']} on {found['sku']})", hint)
+    if found["broken"]:
+        print(f"warning: {path} {found['broken']}: made anew from the plan and the records", file=sys.stderr)
+        if path.exists():
+            set_aside(path.parent, path)
+    cells = resuming.settle(path.parent, found, list(found["cells"]))
+    manifest = Manifest(path, found["execution"], found["created_at"], suite, sku, list(command), cells)
+    manifest.save()
     return manifest

@@ -15,7 +15,7 @@ from . import document, environment, provenance
 from .document import Place
 from .scrub import scrub
 from .types import Cell, Status
-from .writing import write_bytes, write_json, write_samples
+from .writing import write_bytes, write_result, write_samples
 
 TAIL = 4000  # characters of a failed process's output that go into its records
 
@@ -68,7 +68,7 @@ def write(cell: Cell, answer: Answer, run: Run | None, program: Program, site: S
         reason = scrub(answer.reason)
         result = document.empty(cell, site.place, answer.status, reason, position, program.facts)
         result["failure"] = run and failure(run)
-    write_json(site.out / "cells" / f"{cell.id}.json", result)
+    write_result(site.out, cell.id, result)
 
 
 def failure(run: Run) -> dict[str, Any]:

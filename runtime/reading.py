@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .consistency import MANIFEST_FACTS
 from .errors import UserError
-from .records import Record, Unusable, load, record
+from .records import Broken, Record, Unusable, believe, load, record
 from .types import MANIFEST_SCHEMA, RESULT_SCHEMA, Status
 
 POOL_FROM = 800  # files; below it, starting processes costs more than it gains
@@ -56,10 +57,14 @@ class Reading:
 
 
 class Job(NamedTuple):
-    """A file to read. `cell_id` is what the manifest expects in it, None for a file it does not list."""
+    """A file to read. `cell_id` is what the manifest expects in it, None for a file it does not list.
+
+    manifest   what it says of the whole execution (consistency.MANIFEST_FACTS); folder: where it lies
+    """
 
     execution: int
-    execution_name: str
+    manifest: Mapping[str, str]
+    folder: str
     path: str
     cell_id: str | None
     stands: str
@@ -77,9 +82,11 @@ def read(folders: Sequence[str | Path], processes: int | None = None) -> Reading
     for path in paths:
         try:
             manifest = load(path / "manifest.json", "manifest", MANIFEST_SCHEMA)
-            _refuse_copy(manifest, reading.executions)
         except Unusable as error:
-            reading.problems.append(Problem(str(path / "manifest.json"), str(error)))
+            reading.problems += without_manifest(path, error)
+            continue
+        if problem := _copy(path, manifest, reading.executions):
+            reading.problems.append(problem)
             continue
         cells, some_jobs = _jobs(path, len(reading.executions), manifest, reading.problems)
         jobs += some_jobs
@@ -131,20 +138,35 @@ def find_executions(folders: Sequence[Path]) -> tuple[list[Path], list[Problem]]
                 continue
             if "cells" in subfolders:
                 subfolders.remove("cells")
-                if any((path / "cells").glob("*.json")):
-                    problems.append(
-                        Problem(str(path / "cells"), "no manifest.json beside it says what was requested")
-                    )
+                problems.extend(without_manifest(path, None))
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
     return sorted(found.values()), problems
 
 
-def _refuse_copy(manifest: Mapping[str, Any], executions: Iterable[Execution]) -> None:
+def without_manifest(folder: Path, why: Unusable | None) -> list[Problem]:
+    """The records of an execution whose manifest cannot be used, each by name, after the manifest itself;
+    None: it is gone. Nobody knows what else was requested, so none of them is counted."""
+    orphans = sorted((folder / "cells").glob("*.json"))
+    if why is not None:
+        problems = [Problem(str(folder / "manifest.json"), str(why))]
+    elif orphans:
+        problems = [Problem(str(folder / "cells"), "no manifest.json beside it says what was requested")]
+    else:
+        return []
+    if orphans and (why is None or isinstance(why, Broken)):
+        hint = "the command that made the folder, with --resume, makes it anew from the plan and the records"
+        problems = [Problem(path, f"{reason}; {hint}") for path, reason in problems]
+    return problems + [
+        Problem(str(path), "is an orphan: no manifest tells that it was asked for") for path in orphans
+    ]
+
+
+def _copy(folder: Path, manifest: Mapping[str, Any], executions: Iterable[Execution]) -> Problem | None:
     for other in executions:
         if other.name == manifest["execution"]:
-            raise Unusable(
-                f"execution {other.name} was already read from {other.path}; this copy is left out"
-            )
+            said = f"execution {other.name} was already read from {other.path}; this copy is left out"
+            return Problem(str(folder / "manifest.json"), said)
+    return None
 
 
 def _jobs(
@@ -153,7 +175,7 @@ def _jobs(
     """What a manifest expects, and every file there is: expected or not."""
     present = _cell_files(folder / "cells", problems)
     expected: dict[str, tuple[int, str, str, str | None]] = {}
-    jobs = []
+    jobs, facts = [], {name: manifest[name] for name in MANIFEST_FACTS}
     for cell in manifest["cells"]:
         cell_id, name = cell["cell_id"], cell["file"] or f"cells/{cell['cell_id']}.json"
         if cell_id in expected:
@@ -162,8 +184,8 @@ def _jobs(
         path = present.pop(name, None)
         expected[cell_id] = (index, cell_id, cell["status"], path)
         if path is not None:
-            jobs.append(Job(index, manifest["execution"], path, cell_id, cell["status"]))
-    jobs += [Job(index, manifest["execution"], path, None, "") for path in present.values()]
+            jobs.append(Job(index, facts, str(folder), path, cell_id, cell["status"]))
+    jobs += [Job(index, facts, str(folder), path, None, "") for path in present.values()]
     return list(expected.values()), jobs
 
 
@@ -239,7 +261,8 @@ def read_chunk(jobs: Sequence[Job]) -> Chunk:
             if job.cell_id is None:
                 chunk.strays.append((job.execution, document["identity"]["cell_id"], job.path))
                 continue
-            one = record(document, job.execution, job.execution_name, job.path, job.cell_id)
+            one = record(document, job.execution, job.manifest["execution"], job.path, job.cell_id)
+            believe(document, job.manifest, job.folder)
         except Unusable as error:
             chunk.problems.append(Problem(job.path, str(error)))
             continue

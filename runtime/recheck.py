@@ -1,4 +1,5 @@
 """What a result says of itself, worked out again: ids, keys, counts, and statistics from the raw samples.
+docs/methodology.md, section 4, names what cannot be.
 
 Every function yields sentences about what does not agree. The documents are schema-valid already.
 """
@@ -11,21 +12,30 @@ import io
 import json
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import domains, schemas
+from . import consistency, domains, recount, schemas
+from .consistency import LARGEST_SIDECAR, REDUCTIONS
 from .environment import private
+from .limits import beats_limit, may_reduce_in_network
 from .redact import Private, Redactor
-from .stats import reduce_ranks, summarise
+from .stats import (
+    MINIMUM_RUNS,
+    RESOLUTION_US,
+    late_over_early,
+    reduce_ranks,
+    rounded,
+    summarise,
+    unsettled_us,
+)
 from .types import Case, Status, case_from_json, comparison_key
 
-LARGEST_SIDECAR = 256 << 20  # bytes, unpacked: 4,000 samples of 20 series of 64 ranks are half of it
 # Samples are stored to the nanosecond, statistics may be made of what was measured: a sample is off by half
 # of it, and so are the median over ranks, the centre, and the rounded result of a deviation from it.
 TOLERANCE_US = 0.004
-REDUCTIONS = ("max", "median", "min", "spread")
+VOTE_US = 0.01  # two medians and two deviations of rounded samples, see stats.unsettled_us
 
 Document = Mapping[str, Any]
 
@@ -36,11 +46,15 @@ def result(document: Document, folder: Path) -> Iterator[str]:
     yield from _identity(document, case)
     yield from _placement(document, case)
     yield from _measurements(document, case)
-    yield from _verdicts(document)
+    yield from consistency.verdicts(document)
     yield from _bytes(document, case)
+    yield from recount.problems(document, case)
+    yield from _limits(document)
     yield from _privacy(document)
     if document["samples"] is not None:
         yield from _samples(document, case, folder)
+    elif document["measurements"]:
+        yield "samples: none, and still there are measurements"
 
 
 def _identity(document: Document, case: Case) -> Iterator[str]:
@@ -51,6 +65,9 @@ def _identity(document: Document, case: Case) -> Iterator[str]:
             yield f"identity.{name}: its case gives {value}, not {identity[name]}"
     if identity["run"] >= design["runs"]:
         yield f"identity.run: run {identity['run']} of {design['runs']} (counted from 0)"
+    inference = "runs" if design["runs"] >= MINIMUM_RUNS else "none"
+    if design["inference"] != inference:
+        yield f"design.inference: {design['runs']} runs give {inference}, not {design['inference']}"
 
 
 def _placement(document: Document, case: Case) -> Iterator[str]:
@@ -59,6 +76,8 @@ def _placement(document: Document, case: Case) -> Iterator[str]:
     per_node = case.ranks // case.nodes
     if len(told) != case.ranks:
         yield f"placement.domains: {len(told)} entries for {case.ranks} ranks"
+    elif max(told) >= case.ranks:
+        yield f"placement.domains: number {max(told)} of {case.ranks} ranks (counted from 0)"
     elif any(len(set(told[first : first + per_node])) > 1 for first in range(0, case.ranks, per_node)):
         yield f"placement.domains: a node of {per_node} ranks lies in several"
 
@@ -76,31 +95,25 @@ def _measurements(document: Document, case: Case) -> Iterator[str]:
         key = comparison_key(case, entry["regime"], topology, contract)
         if entry["comparison_key"] != key:
             yield f"{at}.comparison_key: its case gives {key}, not {entry['comparison_key']}"
-        for name in REDUCTIONS:
-            if not _ordered(entry[name]):
-                yield f"{at}.{name}: percentiles are not in order between minimum and maximum"
+        yield from (f"{at}{problem}" for problem in _sampling(entry, case))
+        yield from (f"{at}{problem}" for problem in consistency.order(entry))
 
 
-def _ordered(stats: Document) -> bool:
-    values = [stats[name] for name in ("min", "p50", "p90", "p95", "p99", "max")]
-    return values == sorted(values) and values[0] >= 0
-
-
-def _verdicts(document: Document) -> Iterator[str]:
-    """Correctness and knobs against the status."""
-    verdict = document["correctness"]
-    if verdict is not None:
-        passed = bool(verdict["checks"]) and all(check["passed"] for check in verdict["checks"])
-        if verdict["passed"] != passed:
-            yield f"correctness.passed: says {verdict['passed']}, its checks say {passed}"
-    if document["status"] not in (Status.OK.value, Status.IMPLAUSIBLE.value):
-        return
-    if verdict is None or not verdict["passed"]:
-        yield "status: publishes a latency without a passed check"
-    for name, knob in document["knobs"].items():
-        if knob["requested"] is not None and knob["requested"] != knob["realised"]:
-            what = f"{knob['requested']} asked, {knob['realised']} applied"
-            yield f"knobs.{name}: {what}, and still {document['status']}"
+def _sampling(entry: Document, case: Case) -> Iterator[str]:
+    """What a table quotes, and whether all trials were made: as measure.py and graphs.py do it."""
+    regime, floor = entry["regime"], entry["component"].endswith("_floor")
+    headline = "max"
+    if regime in ("chained", "graph"):
+        headline = "min" if floor else "median"
+    if entry["headline"] != headline:
+        yield f".headline: {regime} {entry['component']} quotes {headline}, not {entry['headline']}"
+    drifts = ["settle_drift"] if headline == "median" else []
+    if sorted(entry["health"]) != drifts:
+        yield f".health: {', '.join(entry['health']) or 'nothing'}, not {', '.join(drifts) or 'nothing'}"
+    most = 1 if regime == "kernel" else case.sampling.trials
+    trials = max(1, most // 4) if floor else most
+    if (entry["stop_reason"] == "complete") != (entry["trials"] == trials):
+        yield f".stop_reason: {entry['stop_reason']}, after {entry['trials']} of {trials} trials"
 
 
 def _bytes(document: Document, case: Case) -> Iterator[str]:
@@ -125,6 +138,24 @@ def _bytes(document: Document, case: Case) -> Iterator[str]:
             received = sum(rank[f"{what}_received"][tier] for rank in ranks)
             if sent != received:
                 yield f"bytes.ranks: {sent} {what} sent and {received} received over {tier}"
+
+
+def _limits(document: Document) -> Iterator[str]:
+    """A number that beats a limit which the result itself states is not ok, and one that does not is."""
+    block = document["bytes"]
+    if (
+        not document["measurements"]
+        or block is None
+        or block["family"] != document["case"]["shape"]["family"]
+    ):
+        return
+    settings = (document["provenance"] or {}).get("environment", {})
+    try:
+        beaten = beats_limit(document, may_reduce_in_network(settings))
+    except (ValueError, ArithmeticError):  # bytes that are not of the case: said already
+        return
+    if (beaten is not None) != (document["status"] == Status.IMPLAUSIBLE.value):
+        yield f"status: {document['status']}, though {beaten or 'no limit is beaten'}"
 
 
 def _privacy(document: Document) -> Iterator[str]:
@@ -198,8 +229,7 @@ def unpack(path: Path, sha256: str) -> tuple[Document | None, str]:
 
 
 def _statistics(entry: Document, series: Document, case: Case) -> Iterator[str]:
-    """Published statistics against those of the raw samples. The coefficient of variation and the outliers
-    are left out: they hang on the last digit of a sample."""
+    """Published statistics against those of the raw samples."""
     for name in ("trials", "per_sample"):
         if entry[name] != series[name]:
             yield f".{name}: {entry[name]}, the sidecar says {series[name]}"
@@ -214,10 +244,44 @@ def _statistics(entry: Document, series: Document, case: Case) -> Iterator[str]:
         yield f": {error}"
         return
     for name in REDUCTIONS:
-        fresh = summarise(reduced[name])
+        stats = summarise(reduced[name])
+        fresh = _comparable(stats)
         for key, value in _comparable(entry[name]).items():
-            if not _same(value, _comparable(fresh).get(key)):
-                yield f".{name}.{key}: {value} published, the samples give {_comparable(fresh).get(key)}"
+            if not _same(value, fresh.get(key)):
+                yield f".{name}.{key}: {value} published, the samples give {fresh.get(key)}"
+        yield from (f".{name}{problem}" for problem in _scatter(entry[name], stats, name))
+    yield from _settling(entry, per_rank)
+
+
+def _scatter(published: Document, fresh: Document, reduction: str) -> Iterator[str]:
+    """The coefficient of variation as far as the last digit of the samples leaves it; the outliers where it
+    leaves them: a maximum or minimum of rounded samples is that of the samples, rounded."""
+    mean, told, found = fresh["mean"], published["cv"], fresh["cv"]
+    if told is None or found is None:
+        unlike = told is not found
+    else:
+        unlike = abs(told - found) > 1e-6 + (1 + found) * TOLERANCE_US / max(mean, TOLERANCE_US)
+    if unlike and mean > TOLERANCE_US:
+        yield f".cv: {told} published, the samples give {found}"
+    if reduction in ("max", "min") and published["outliers"] != fresh["outliers"]:
+        yield f".outliers: {published['outliers']} published, the samples give {fresh['outliers']}"
+
+
+def _settling(entry: Document, per_rank: Sequence[Sequence[float]]) -> Iterator[str]:
+    """Settled by most ranks, as measure.Trials votes, where rounding leaves the vote; the drift of rank 0."""
+    if entry["regime"] == "kernel":  # a profiler's windows are drained ones, nothing can pile up
+        least = most = len(per_rank)
+    else:
+        beyond = [unsettled_us(samples) for samples in per_rank]
+        least, most = sum(us <= -VOTE_US for us in beyond), sum(us <= VOTE_US for us in beyond)
+    if entry["settled"] and 2 * most <= len(per_rank) or not entry["settled"] and 2 * least > len(per_rank):
+        yield f".settled: {entry['settled']} published, {most} of {len(per_rank)} ranks are"
+    drift = entry["health"].get("settle_drift")
+    if drift is not None:
+        found = late_over_early(per_rank[0])
+        allowed = RESOLUTION_US + (1 + abs(found)) * TOLERANCE_US / max(min(per_rank[0]), RESOLUTION_US)
+        if abs(drift - found) > allowed:
+            yield f".health.settle_drift: {drift} published, the samples give {rounded(found)}"
 
 
 def _comparable(stats: Document) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import bandwidth, domains, schemas
+from . import bandwidth, consistency, domains, schemas
 from .types import CONTRACT, PROGRAM_REGIMES, Case, Shape, Status, case_from_json, comparison_key
 
 PERCENTILES = ("p50", "p90", "p95", "p99")
@@ -91,6 +91,10 @@ class Unusable(Exception):
     """Why a document cannot be used; becomes a Problem."""
 
 
+class Broken(Unusable):
+    """It is one of ours, as far as one can tell, and was cut off or spoilt."""
+
+
 def load(path: Path, name: str, schema: str) -> dict[str, Any]:
     """One document, valid and of a version this code knows."""
     try:
@@ -107,7 +111,7 @@ def load(path: Path, name: str, schema: str) -> dict[str, Any]:
     except RecursionError as error:
         raise Unusable(f"is nested too deeply: not a {name}") from error
     except ValueError as error:  # not JSON or not UTF-8
-        raise Unusable(f"is not JSON, or truncated: {error}") from error
+        raise Broken(f"is not JSON, or truncated: {error}") from error
     said = document.get("schema") if isinstance(document, dict) else None
     if said != schema:
         kind, _, version = schema.rpartition(".v")
@@ -120,7 +124,7 @@ def load(path: Path, name: str, schema: str) -> dict[str, Any]:
         )
     if not schemas.validator(name).is_valid(document):
         key, what = next(schemas.problems(name, document))
-        raise Unusable(
+        raise Broken(
             f"does not follow the schema: {key}: {what}" if key else f"does not follow the schema: {what}"
         )
     return document
@@ -183,15 +187,24 @@ def record(
     )
 
 
+def believe(document: Mapping[str, Any], manifest: Mapping[str, str], folder: str) -> None:
+    """Raises Unusable when a record contradicts itself, its manifest, or the file of its samples.
+
+    manifest   its consistency.MANIFEST_FACTS
+    """
+    problem = next(consistency.contradictions(document, manifest, folder), None)
+    if problem is not None:
+        raise Unusable(problem)
+
+
 def _row(document: Mapping[str, Any], case: Case, measurement: Mapping[str, Any]) -> Row:
     regime, component = measurement["regime"], measurement["component"]
-    if document["contract"] == CONTRACT:
-        topology = document["identity"]["topology_class"]
-        key = key_of(case.shape, case.mode, case.ranks, case.nodes, regime, topology)
-        if measurement["comparison_key"] != key:
-            raise Unusable(
-                f"was changed: the comparison key of {regime} {component} does not follow from its case"
-            )
+    topology, contract = document["identity"]["topology_class"], document["contract"]
+    key = key_of(case.shape, case.mode, case.ranks, case.nodes, regime, topology, contract)
+    if measurement["comparison_key"] != key:
+        raise Unusable(
+            f"was changed: the comparison key of {regime} {component} does not follow from its case"
+        )
     stats = measurement[measurement["headline"]]
     intervals = tuple(_interval(stats["intervals"][name]) for name in PERCENTILES)
     bounds = [bound for interval in intervals if interval is not None for bound in interval]
@@ -272,6 +285,14 @@ def _id_of(case: Case) -> str:
 
 
 @lru_cache(maxsize=4096)
-def key_of(shape: Shape, mode: str, ranks: int, nodes: int, regime: str, topology_class: str) -> str:
+def key_of(
+    shape: Shape,
+    mode: str,
+    ranks: int,
+    nodes: int,
+    regime: str,
+    topology_class: str,
+    contract: str = CONTRACT,
+) -> str:
     """`types.comparison_key`, remembered: most cells of a suite share theirs with others."""
-    return comparison_key(Case("", "", mode, shape, ranks, nodes), regime, topology_class)
+    return comparison_key(Case("", "", mode, shape, ranks, nodes), regime, topology_class, contract)

@@ -150,18 +150,24 @@ def late_over_early(samples: Sequence[float]) -> float:
 
 
 def settled(samples: Sequence[float]) -> bool:
-    """True unless the two halves differ by more than 2 % and by more than their scatter explains.
+    """True unless the two halves differ by more than 2 % and by more than their scatter explains."""
+    return unsettled_us(samples) <= 0
+
+
+def unsettled_us(samples: Sequence[float]) -> float:
+    """By how many microseconds the halves differ beyond what a settled series may: 0 or less where it is one.
 
     Scatter: three standard errors of the difference of two medians, each sqrt(pi/2) sigma / sqrt(n) (the
     large-sample efficiency of a normal distribution's median), sigma from the MAD of its half.
     """
-    drift = abs(late_over_early(samples))
-    if drift <= SETTLING:
-        return True
     half = len(samples) // 2
+    if not half:
+        return 0.0
+    drift = abs(late_over_early(samples))
     halves = [sorted(samples[:half]), sorted(samples[-half:])]
+    early = max(percentile(halves[0], 50), RESOLUTION_US)
     errors = [_SIGMA_PER_MEAN_DEVIATION * _sigma(h) / math.sqrt(half) for h in halves]
-    return drift * max(percentile(halves[0], 50), RESOLUTION_US) <= 3 * math.hypot(*errors)
+    return min((drift - SETTLING) * early, drift * early - 3 * math.hypot(*errors))
 
 
 def _sigma(ordered: Sequence[float]) -> float:

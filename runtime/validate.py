@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import recheck
+from . import consistency, recheck, recount
 from .errors import UserError
-from .reading import Problem, find_executions
+from .reading import Problem, find_executions, without_manifest
 from .records import Unusable, load
 from .scrub import folders as folders_in
-from .types import MANIFEST_SCHEMA, RESULT_SCHEMA
+from .types import MANIFEST_SCHEMA, RESULT_SCHEMA, case_from_json
 
 # What an execution folder consists of; logs only where they were written.
 _PARTS = re.compile(
@@ -32,30 +32,33 @@ def command(args: argparse.Namespace) -> int:
     if not executions and not problems:
         hint = "give a folder that `cx run --out` wrote, or one above it"
         raise UserError(f"no results under {', '.join(map(str, given))}", hint)
-    results = 0
+    results, notes = 0, set[str]()
     for folder in executions:
         results += sum(1 for _ in (folder / "cells").glob("*.json"))
-        problems += execution(folder, args.published)
+        problems += execution(folder, args.published, notes)
     if args.published:
         problems += [Problem(str(p), "is no part of a result") for p in _outside(given, executions)]
     for problem in problems:
         print(f"{problem.path}: {problem.reason}")
+    for note in sorted(notes):
+        print(f"note: {note}", file=sys.stderr)
     verdict = f"{len(problems)} problems" if problems else "all valid"
     print(f"{results} results in {len(executions)} executions: {verdict}", file=sys.stderr)
     return 1 if problems else 0
 
 
-def execution(folder: Path, published: bool = False) -> list[Problem]:
+def execution(folder: Path, published: bool = False, notes: set[str] | None = None) -> list[Problem]:
     """Everything wrong with one execution folder: its files, its manifest, and every result in it.
 
     published    logs, folders of the machine, and cells that are pending, are problems too
+    notes        gets what could not be worked out here, in sentences
     """
     problems = [Problem(str(path), what) for path, what in _foreign(folder, published)]
     manifest = None
     try:
         manifest = load(folder / "manifest.json", "manifest", MANIFEST_SCHEMA)
     except Unusable as error:
-        problems.append(Problem(str(folder / "manifest.json"), str(error)))
+        problems += without_manifest(folder, error)
     documents: dict[str, Mapping[str, Any]] = {}
     for path in sorted((folder / "cells").glob("*.json")):
         try:
@@ -66,6 +69,9 @@ def execution(folder: Path, published: bool = False) -> list[Problem]:
             continue
         documents[path.name] = document
         problems += [Problem(str(path), what) for what in _one(path, document, folder)]
+        untold = recount.untold(document, case_from_json(document["case"]))
+        if notes is not None and untold is not None:
+            notes.add(untold)
         if published:
             named = folders_in(path.read_text())
             problems += [Problem(str(path), f"names a folder of the machine: {name}") for name in named]
@@ -84,6 +90,7 @@ def _manifest(manifest: Mapping[str, Any], documents: Mapping[str, Mapping[str, 
     """Each requested cell has exactly one record, and it is the record of this execution."""
     listed: set[str] = set()
     pending = 0
+    runs = 1 + max((_run(cell["cell_id"]) for cell in manifest["cells"]), default=0)
     for cell in manifest["cells"]:
         cell_id = cell["cell_id"]
         name = f"{cell_id}.json"
@@ -100,10 +107,18 @@ def _manifest(manifest: Mapping[str, Any], documents: Mapping[str, Mapping[str, 
             yield f"{cell_id} is {cell['status']}, but cells/{name} is missing"
         elif documents[name]:
             yield from _agree(manifest, cell, documents[name])
+            said = documents[name]["design"]["runs"]
+            if said != runs:
+                yield f"{cell_id}: its record says that there are {said} runs, not {runs}"
     if manifest["complete"] != (pending == 0):
         yield f"complete: says {manifest['complete']} with {pending} cells pending"
     for name in documents.keys() - listed:
         yield f"does not list cells/{name}"
+
+
+def _run(cell_id: str) -> int:
+    run = cell_id.rpartition(".r")[2]
+    return int(run) if run.isdecimal() else 0
 
 
 def _agree(
@@ -111,10 +126,8 @@ def _agree(
 ) -> Iterator[str]:
     if cell["status"] != document["status"]:
         yield f"{cell['cell_id']}: says {cell['status']}, its record says {document['status']}"
-    said = {**document["identity"], "contract": document["contract"]}
-    for name in ("execution", "suite", "sku", "contract"):
-        if said[name] != manifest[name]:
-            yield f"{cell['cell_id']}: its record is of {name} {said[name]}, not {manifest[name]}"
+    for said, stated in consistency.membership(document, manifest):
+        yield f"{cell['cell_id']}: its record is of {said}, not {stated}"
 
 
 def _foreign(folder: Path, published: bool) -> Iterator[tuple[Path, str]]:

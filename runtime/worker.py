@@ -29,7 +29,7 @@ from .ranks import Ranks, TorchRanks
 from .session import Session
 from .supervise import PORT_TAKEN
 from .types import CASES_SCHEMA, CONTRACT, Cell, Check, Collective, Moe, Status, case_from_json
-from .writing import write_json, write_samples
+from .writing import write_result, write_samples
 
 RENDEZVOUS_TIMEOUT_S = 300
 
@@ -205,7 +205,7 @@ def run_cells(session: Session, heart: Heartbeat, cells: Iterable[tuple[Cell, in
         result = run_cell(session, cell, position)
         if session.ranks.rank == 0:
             heart.beat("write", 0)
-            write_json(session.out / "cells" / f"{cell.id}.json", result)
+            write_result(session.out, cell.id, result)
         session.ranks.barrier()
         heart.end()
 

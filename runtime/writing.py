@@ -61,6 +61,32 @@ def write_samples(out: Path, cell_id: str, series: list[dict[str, Any]]) -> dict
     return {"file": name, "sha256": sha}
 
 
+def write_result(out: Path, cell_id: str, result: dict[str, Any]) -> None:
+    """Write the record of one cell; where that fails its samples go too, for nothing would name them."""
+    try:
+        write_json(out / "cells" / f"{cell_id}.json", result)
+    except BaseException:
+        if result["samples"] is not None:
+            (out / result["samples"]["file"]).unlink(missing_ok=True)
+        raise
+
+
+def set_aside(out: Path, path: Path) -> None:
+    """Keep a file of the execution in `out`, that another replaces or that nothing names, beside its logs.
+
+    Raises UserError or InfraError as write_bytes does.
+    """
+    try:
+        name = path.name
+        if path.suffix == ".json":  # there may be another of this name later
+            name = f"{path.stem}.{int(path.lstat().st_mtime)}.json"
+        kept = out / "logs" / "superseded" / name
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(kept)
+    except OSError as error:
+        raise _explain(error, path) from error
+
+
 def _explain(error: OSError, path: Path) -> UserError | InfraError:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"cannot write {path}: {error.strerror}", "choose another folder with --out")

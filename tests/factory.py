@@ -13,6 +13,7 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,7 @@ def measurement(
     headline: str = "max",
     topology: str = TOPOLOGY,
     n: int = 512,
+    contract: str = CONTRACT,
 ) -> dict[str, Any]:
     """One component in one regime whose headline p50 is `us`."""
     centers = {"max": us, "median": us, "min": us, "spread": us * 0.05}
@@ -113,7 +115,7 @@ def measurement(
     return {
         "component": component,
         "regime": regime,
-        "comparison_key": comparison_key(case, regime, topology),
+        "comparison_key": comparison_key(case, regime, topology, contract),
         "unit": "us",
         "headline": headline,
         "per_sample": 1 if headline == "max" else 8,
@@ -209,6 +211,7 @@ def result(
     execution: str = EXECUTION,
     topology: str = TOPOLOGY,
     n: int = 512,
+    contract: str = CONTRACT,
     **overrides: Any,
 ) -> dict[str, Any]:
     """One valid result document.
@@ -225,12 +228,12 @@ def result(
         for component, headline in COMPONENTS[case.family, regime].items():
             value = us[component] if isinstance(us, Mapping) else us
             value = expected_us(case, component, speed) * noise if value is None else value
-            measurements.append(measurement(case, component, regime, value, headline, topology, n))
+            measurements.append(measurement(case, component, regime, value, headline, topology, n, contract))
     moe = isinstance(case.shape, Moe)
     sha = hashlib.sha256(cell.id.encode()).hexdigest()
     document = {
         "schema": RESULT_SCHEMA,
-        "contract": CONTRACT,
+        "contract": contract,
         "identity": {
             "cell_id": cell.id,
             "case_id": case.id,
@@ -320,13 +323,14 @@ def execution(
     results: Iterable[Mapping[str, Any]],
     *,
     missing: Sequence[str] = (),
-    samples: bool = False,
+    samples: bool = True,
     **manifest: Any,
 ) -> Path:
     """Write an execution folder with these results and return it.
 
     missing   cell ids that the manifest lists and that have no file
-    samples   also write an (empty) sidecar for each result that names one
+    samples   also write a sidecar for each result that names one, unless it is there: of the right length,
+              and neither of its name nor of its statistics
     manifest  replaces fields of the manifest
     """
     documents = list(results)
@@ -337,16 +341,16 @@ def execution(
         name = f"cells/{cell_id}.json"
         (folder / name).write_text(json.dumps(document, indent=1) + "\n")
         cells.append({"cell_id": cell_id, "status": document["status"], "file": name})
-        if samples and document["samples"]:
-            path = folder / document["samples"]["file"]
+        path = folder / document["samples"]["file"] if document["samples"] else None
+        if samples and path is not None and not path.exists():
             path.parent.mkdir(exist_ok=True)
-            text = json.dumps({"schema": "collectivex.samples.v1", "cell_id": cell_id, "series": []})
-            path.write_bytes(gzip.compress(text.encode(), mtime=0))
+            n = sum(m["max"]["n"] for m in document["measurements"])
+            path.write_bytes(sidecar(n * document["case"]["ranks"]))
     cells += [{"cell_id": cell_id, "status": "pending", "file": None} for cell_id in missing]
     head = documents[0]["identity"] if documents else {}
     body = {
         "schema": MANIFEST_SCHEMA,
-        "contract": CONTRACT,
+        "contract": documents[0]["contract"] if documents else CONTRACT,
         "execution": head.get("execution", EXECUTION),
         "created_at": "2026-11-20T10:15:00Z",
         "updated_at": "2026-11-20T10:19:00Z",
@@ -359,6 +363,14 @@ def execution(
     }
     (folder / "manifest.json").write_text(json.dumps(body, indent=1) + "\n")
     return folder
+
+
+@lru_cache
+def sidecar(samples: int) -> bytes:
+    """A compressed document with that many samples."""
+    series = [{"component": "made up", "regime": "fresh", "per_rank_us": [[40.125] * samples]}]
+    text = json.dumps({"schema": "collectivex.samples.v1", "cell_id": "made up", "series": series})
+    return gzip.compress(text.encode(), mtime=0)
 
 
 def suite_results(runs: int = 1, execution: str = EXECUTION) -> list[dict[str, Any]]:

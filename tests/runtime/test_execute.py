@@ -210,6 +210,55 @@ def test_a_resumed_run_runs_just_what_did_not(tmp_path):
     assert kept == next((out / "cells").glob("tiny-t1-*.json")).read_text()
 
 
+def valid(out: Path, capsys: pytest.CaptureFixture[str]) -> bool:
+    """Whether `cx validate` finds nothing wrong, which would be shown with the failing test."""
+    code = validate.command(argparse.Namespace(dirs=[str(out)], published=False))
+    print(capsys.readouterr())
+    return code == 0
+
+
+def test_records_that_were_spoilt_after_a_run_are_measured_again(tmp_path, capsys):
+    """Cut short and deleted: --resume runs these and no other, and all is well."""
+    out, suite = tmp_path / "out", write_suite(tmp_path, ["", "", ""])
+    assert 0 == run(suite, out).returncode
+    first, second, third = ((out / cell["file"]) for cell in manifest(out)["cells"])
+    os.truncate(first, 700)
+    second.unlink()
+    before = third.read_bytes()
+
+    done = run(suite, out, "--resume")
+
+    assert 0 == done.returncode, done.stderr
+    assert "ok 3 / 3" in done.stdout
+    assert f"warning: {first} is not JSON, or truncated" in done.stderr
+    assert before == third.read_bytes()
+    assert valid(out, capsys)
+
+
+def test_a_run_whose_manifest_was_spoilt_counts_again_after_resume(tmp_path, capsys):
+    """Nothing is measured again; before, the summary names what nobody speaks for."""
+    out, suite = tmp_path / "out", write_suite(tmp_path, ["", ""])
+    assert 0 == run(suite, out).returncode
+    before = {path: path.read_bytes() for path in (out / "cells").iterdir()}
+    execution = manifest(out)["execution"]
+    os.truncate(out / "manifest.json", 300)
+
+    told = subprocess.run(cx("summarize", str(out)), capture_output=True, text=True, check=False)
+    done = run(suite, out, "--resume")
+
+    assert (1, 2) == (told.returncode, told.stderr.count("is an orphan"))
+    assert "with --resume, makes it anew" in told.stderr
+    assert 0 == done.returncode, done.stderr
+    assert "ok 2 / 2" in done.stdout
+    assert before == {path: path.read_bytes() for path in (out / "cells").iterdir()}
+    assert execution == manifest(out)["execution"]
+    assert valid(out, capsys)
+
+
+def manifest(out: Path) -> dict:
+    return json.loads((out / "manifest.json").read_text())
+
+
 def test_a_folder_with_other_files_is_refused_before_anything_starts(tmp_path):
     """Nothing of the user's is mixed with ours."""
     (tmp_path / "out").mkdir()
@@ -255,16 +304,22 @@ def test_without_torch_the_error_says_how_to_get_it(tmp_path):
     assert sys.executable in done.stderr
 
 
-def test_a_full_disk_stops_the_run_and_keeps_what_was_measured(tmp_path):
-    """Exit 3 with a hint; every file that is there is whole."""
+def test_a_full_disk_stops_the_run_and_keeps_what_was_measured(tmp_path, capsys):
+    """Exit 3 with a hint; every file that is there is whole, and with more room --resume ends well."""
     small = tmp_path / "small"
     small.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(small)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a small file system needs the right to mount one")
     try:
-        done = run(write_suite(tmp_path, [""] * 8), small / "out")
+        suite = write_suite(tmp_path, [""] * 8)
+        done = run(suite, small / "out")
         cells = [json.loads(path.read_text()) for path in (small / "out" / "cells").glob("*.json")]
+        named = {cell["samples"]["file"] for cell in cells if cell["samples"]}
+        left = {f"samples/{path.name}" for path in (small / "out" / "samples").glob("*")}
+        subprocess.run(["mount", "-o", "remount,size=8m", str(small)], check=True)
+        resumed = run(suite, small / "out", "--resume")
+        whole = valid(small / "out", capsys)
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
 
@@ -272,3 +327,6 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_measured(tmp_path):
     assert re.search("error: cannot write .*No space left on device\nhint: .*--resume", done.stderr)
     assert "Traceback" not in done.stderr
     assert {"ok"} <= {cell["status"] for cell in cells}
+    assert named == left
+    assert 0 == resumed.returncode, resumed.stderr
+    assert whole

@@ -174,9 +174,7 @@ def test_a_huge_file_is_not_read_whole(tmp_path: Path) -> None:
 
 def test_an_older_contract_is_read(tmp_path: Path) -> None:
     """Old published results stay readable; their comparison keys keep them apart from new ones."""
-    document = result()
-    document["contract"] = "2026.1-1"
-    found = read([execution(tmp_path, [document])])
+    found = read([execution(tmp_path, [result(contract="2026.1-1")])])
     assert found.problems == []
     assert found.records[0].contract == "2026.1-1"
 
@@ -270,22 +268,28 @@ def test_a_file_outside_the_folder_is_not_followed(tmp_path: Path) -> None:
 def test_a_bad_manifest_is_a_problem_and_other_executions_are_read(
     tmp_path: Path, spoil: Callable[[Path], object], why: str
 ) -> None:
-    """Without its manifest nobody knows what was requested, so nothing of that execution is counted."""
+    """Without its manifest nobody knows what was requested: nothing of that execution is counted, and each
+    record is named."""
     bad = execution(tmp_path / "bad", [result(execution="bad")])
     execution(tmp_path / "good", [result(execution="good")])
     spoil(bad / "manifest.json")
     found = read([tmp_path])
-    assert why in only_problem(found).reason
+    problem, orphan = found.problems
+    assert why in problem.reason
+    assert (orphan.path, "is an orphan" in orphan.reason) == (str(cell_file(bad)), True)
     assert [e.name for e in found.executions] == ["good"]
     assert len(found.records) == 1
 
 
 def test_cells_without_a_manifest_are_a_problem(tmp_path: Path) -> None:
-    """Results that nothing speaks for are not silently left out."""
+    """Results that nothing speaks for are not silently left out, and the hint says how to count them."""
     folder = execution(tmp_path / "a", [result()])
     (folder / "manifest.json").unlink()
     found = read([tmp_path])
-    assert (only_problem(found).path, found.records) == (str(folder / "cells"), [])
+    problem, orphan = found.problems
+    assert (problem.path, orphan.path) == (str(folder / "cells"), str(cell_file(folder)))
+    assert "--resume, makes it anew" in problem.reason
+    assert found.records == []
 
 
 def test_executions_are_found_at_any_depth_and_read_once(tmp_path: Path) -> None:

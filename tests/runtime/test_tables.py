@@ -121,10 +121,7 @@ def test_one_key_is_one_line_of_one_component(chosen: list[Case]) -> None:
 
 def test_the_contract_keeps_old_numbers_apart() -> None:
     """A number measured under another contract gets a table of its own, which says so."""
-    old = result(A, execution="old")
-    old["contract"] = "2026.1-1"
-    for one in old["measurements"]:
-        one["comparison_key"] = "0123456789abcdef"
+    old = result(A, execution="old", contract="2026.1-1")
     found = tables(reading(old, result(B, execution="new")), regimes=["fresh"])
     assert [table.group.contract for table in found] == ["2026.1-1", CONTRACT]
     assert "contract 2026.1-1" in found[0].group.title

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,63 +12,23 @@ from typing import Any
 
 import factory
 import pytest
+from honest import Change, cell, execution, result, rewrite, said
 
-from collectivex.runtime import cli, document, recheck, validate
+from collectivex.runtime import cli, recheck
 from collectivex.runtime.redact import Private, Redactor
-from collectivex.runtime.types import Case, Series, comparison_key
-from collectivex.runtime.writing import write_samples
-
-Change = Callable[[dict[str, Any]], None]
-
-
-def result(case: Case, folder: Path, **fields: Any) -> dict[str, Any]:
-    """A result whose statistics really are those of the samples in its sidecar."""
-    made = factory.result(case, **fields)
-    random_us, entries, measurements = random.Random(case.id), [], []
-    for m in made["measurements"]:
-        series = Series(m["component"], m["regime"], m["headline"], [], m["per_sample"], m["trials"])
-        per_rank = [[round(random_us.uniform(40, 60), 3) for _ in range(64)] for _ in range(case.ranks)]
-        topology = made["identity"]["topology_class"]
-        measurements.append(document.measurement(case, topology, series, per_rank))
-        entries.append(document.sidecar_entry(series, per_rank))
-    made["measurements"] = measurements
-    if measurements:
-        made["samples"] = write_samples(folder, made["identity"]["cell_id"], entries)
-    return made
+from collectivex.runtime.types import comparison_key
 
 
 @pytest.fixture(scope="module")
-def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One execution: a collective, an exchange, and a cell that cannot run."""
-    folder = tmp_path_factory.mktemp("honest")
-    made = [
-        result(factory.collective_case(), folder),
-        result(factory.moe_case(), folder),
-        result(factory.moe_case(variant="other"), folder, status="unsupported", reason="it cannot"),
-    ]
-    return factory.execution(folder, made)
+def unspoilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made once."""
+    return execution(tmp_path_factory.mktemp("honest"))
 
 
 @pytest.fixture
-def folder(honest: Path, tmp_path: Path) -> Path:
+def folder(unspoilt: Path, tmp_path: Path) -> Path:
     """A copy to spoil."""
-    return Path(shutil.copytree(honest, tmp_path / "execution"))
-
-
-def cell(folder: Path, part: str) -> Path:
-    """The record whose name contains `part`."""
-    (path,) = (p for p in (folder / "cells").iterdir() if part in p.name)
-    return path
-
-
-def rewrite(path: Path, change: Change) -> None:
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
-
-
-def said(folder: Path, published: bool = False) -> list[str]:
-    return [f"{Path(p.path).name}: {p.reason}" for p in validate.execution(folder, published)]
+    return Path(shutil.copytree(unspoilt, tmp_path / "execution"))
 
 
 def test_an_honest_folder_has_no_problem(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,10 +58,22 @@ def test_a_folder_without_results_is_a_user_error(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().err.startswith("error: no results under ")
 
 
-def test_results_without_a_manifest_are_a_problem(folder: Path) -> None:
-    """Which cells were asked for is then unknown."""
+def test_results_without_a_manifest_are_a_problem(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which cells were asked for is then unknown; each of them is named."""
     (folder / "manifest.json").unlink()
     assert cli.main(["validate", str(folder)]) == 1
+    out = capsys.readouterr().out
+    assert "with --resume, makes it anew from the plan and the records" in out
+    assert out.count("is an orphan") == 3
+
+
+def test_results_beside_a_broken_manifest_are_named(folder: Path) -> None:
+    """With the way to count them again, and nothing is said of them that is not wrong."""
+    (folder / "manifest.json").write_text("{")
+    first, *orphans = said(folder)
+    assert first.startswith("manifest.json: is not JSON, or truncated")
+    assert "with --resume, makes it anew" in first
+    assert ["is an orphan" in line for line in orphans] == [True] * 3
 
 
 def a_measurement(data: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import os
 import pytest
 
 from collectivex.runtime.errors import InfraError, UserError
-from collectivex.runtime.writing import write_bytes, write_json, write_samples
+from collectivex.runtime.writing import set_aside, write_bytes, write_json, write_result, write_samples
 
 
 def test_a_file_is_replaced_as_a_whole_and_nothing_else_is_left(tmp_path):
@@ -67,3 +67,37 @@ def test_samples_are_named_by_what_is_in_the_file(tmp_path):
     assert reference == again
     assert hashlib.sha256(data).hexdigest() == reference["sha256"]
     assert series == json.loads(gzip.decompress(data))["series"]
+
+
+def test_samples_go_with_a_record_that_could_not_be_written(tmp_path):
+    """Nothing would name them, and a full disk needs the room; samples of other cells stay."""
+    kept = write_samples(tmp_path, "other", [])
+    lost = write_samples(tmp_path, "cell", [])
+    (tmp_path / "cells").write_text("in the way")
+
+    with pytest.raises(UserError, match="cannot write"):
+        write_result(tmp_path, "cell", {"samples": lost})
+
+    assert [tmp_path / kept["file"]] == list((tmp_path / "samples").iterdir())
+
+
+def test_what_is_set_aside_is_kept_beside_the_logs(tmp_path):
+    """A record under the time it was written at, for there may be more of its name."""
+    write_json(tmp_path / "cells" / "a.r0.json", {})
+    os.utime(tmp_path / "cells" / "a.r0.json", (7, 7))
+    lost = tmp_path / write_samples(tmp_path, "cell", [])["file"]
+
+    set_aside(tmp_path, tmp_path / "cells" / "a.r0.json")
+    set_aside(tmp_path, lost)
+
+    assert {"a.r0.7.json", lost.name} == set(os.listdir(tmp_path / "logs" / "superseded"))
+    assert [] == os.listdir(tmp_path / "cells")
+
+
+def test_a_file_that_cannot_be_set_aside_is_the_users_to_change(tmp_path):
+    """An error and a hint."""
+    write_json(tmp_path / "a.json", {})
+    (tmp_path / "logs").write_text("in the way")
+
+    with pytest.raises(UserError, match="cannot write"):
+        set_aside(tmp_path, tmp_path / "a.json")
