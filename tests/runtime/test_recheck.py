@@ -256,3 +256,11 @@ def test_rounded_samples_do_not_outvote_the_measured_ones() -> None:
     apart = [100.0] * 8 + [110.0] * 8
     assert list(recheck._settling({**entry, "settled": True}, [apart])) != []
     assert list(recheck._settling({**entry, "settled": False}, [apart])) == []
+
+
+def test_a_program_that_knows_one_cycle_only_is_complete() -> None:
+    """nccl-tests without -N: fewer trials than were asked for, and not because time ran out."""
+    case = factory.collective_case(backend="nccl_tests", regimes=("loop",))
+    entry = {"component": "call", "regime": "loop", "headline": "max", "health": {}, "trials": 1}
+    assert list(recheck._sampling({**entry, "stop_reason": "complete"}, case)) == []
+    assert list(recheck._sampling({**entry, "regime": "fresh", "stop_reason": "complete"}, case)) != []
