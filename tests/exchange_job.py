@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import pytest
 
 from collectivex.backends.base import Context
 from collectivex.runtime import oracle, routing
@@ -92,3 +95,32 @@ def failed(of_ranks: list[list[Check]]) -> list[str]:
         for check in checks
         if not check.passed
     ]
+
+
+class Steps:
+    """What each rank did, in its order: "synchronize" of its device, "barrier" of its ranks, and what `watch`
+    is told to note. For the rule that nothing is freed or cleared that a peer may still read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.monkeypatch, self.of = monkeypatch, dict[int, list[str]]()
+        self.watch(ManualDevice, "synchronize")
+        self.watch(ThreadRanks, "barrier")
+
+    def watch(self, owner: type, name: str) -> None:
+        """Note every call of a method before it is made."""
+        method = getattr(owner, name)
+
+        def noted(this: Any, *given: Any, **named: Any) -> Any:
+            self.of.setdefault(threading.get_ident(), []).append(name)
+            return method(this, *given, **named)
+
+        self.monkeypatch.setattr(owner, name, noted)
+
+    def around(self, name: str, before: int = 2, after: int = 0) -> list[list[str]]:
+        """The steps before and behind each call of that name, on all ranks."""
+        return [
+            steps[max(0, at - before) : at] + steps[at + 1 : at + 1 + after]
+            for steps in self.of.values()
+            for at, step in enumerate(steps)
+            if step == name
+        ]

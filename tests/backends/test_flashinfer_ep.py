@@ -9,7 +9,7 @@ from typing import Any
 import flashinfer_fake
 import pytest
 import torch
-from exchange_job import failed, whole
+from exchange_job import Steps, failed, whole
 
 from collectivex.backends import flashinfer_ep
 from collectivex.backends.base import Context, MissingLibrary
@@ -196,3 +196,10 @@ def test_versions_are_those_that_are_loaded(monkeypatch) -> None:
     """Version and commit as the package itself says."""
     found = run(monkeypatch, case(), lambda backend, *_: dict(backend.versions()))
     assert [{"flashinfer": "0.7.2", "flashinfer commit": "d84335d8"}] * 4 == found
+
+
+def test_a_rank_waits_for_its_peers_before_it_ends(monkeypatch) -> None:
+    """Workspaces live until the process ends, and a peer may still read this one's."""
+    steps = Steps(monkeypatch)
+    run(monkeypatch, case(ranks=2), lambda *_: None)
+    assert [["synchronize", "barrier"]] * 2 == [mine[-2:] for mine in steps.of.values()]

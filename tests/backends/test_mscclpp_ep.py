@@ -14,7 +14,7 @@ import mscclpp_fake
 import pytest
 import torch
 from ep_fake import Rule, unlike
-from exchange_job import failed, on_ranks, whole
+from exchange_job import Steps, failed, on_ranks, whole
 
 from collectivex.backends import _mscclpp_exchange as adapter
 from collectivex.backends.base import Context, MissingLibrary
@@ -57,7 +57,7 @@ class Job:
         for name, module in self.world.modules(**modules).items():
             monkeypatch.setitem(sys.modules, name, module)
 
-    def run(self, asked: Case, work: Callable[..., Any]) -> list[Any]:
+    def run(self, asked: Case | list[Case], work: Callable[..., Any]) -> list[Any]:
         job = self
 
         class Watched(Backend):
@@ -337,3 +337,20 @@ def test_the_deepseek_ladder_can_run(tokens: int, ranks: int) -> None:
 def test_the_fake_has_the_recorded_signatures(name: str) -> None:
     """What the adapter passes to the fake it can pass to the library: names, order and kinds are recorded."""
     assert unlike(mscclpp_fake, name) is None
+
+
+def test_every_case_has_a_bootstrap_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that carries a second communicator still maps what the first one freed."""
+    cases = [
+        case("low-latency", "expert-major"),
+        case("normal", "throughput"),
+        case("low-latency", "rank-major"),
+    ]
+    assert [] == failed(Job(monkeypatch).run(cases, whole))
+
+
+def test_nothing_is_freed_that_a_peer_may_still_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks are done before the communicator goes, and it is gone on all before the bootstrap goes."""
+    steps = Steps(monkeypatch)
+    Job(monkeypatch).run(case("low-latency", "expert-major", ranks=2), whole)
+    assert [["synchronize", *["barrier"] * 3]] * 2 == [mine[-4:] for mine in steps.of.values()]

@@ -256,3 +256,15 @@ def test_the_deepseek_ladder_can_run(tokens: int, ranks: int) -> None:
 def test_the_fake_has_the_recorded_signatures(name: str) -> None:
     """What the adapter passes to the fake it can pass to the library: names, order and kinds are recorded."""
     assert unlike(nccl_ep_fake, name) is None
+
+
+@pytest.mark.parametrize(("mode", "variant"), RUN)
+def test_there_is_room_for_all_that_all_ranks_may_send(job: Job, mode: str, variant: str) -> None:
+    """Every token of every rank may come to one of them."""
+
+    def work(exchange, problem, variant, device):
+        config = exchange.group.config
+        return config.max_recv_tokens_per_rank, config.max_dispatch_tokens_per_rank
+
+    for received, sent in job.run(case(mode, variant), work):
+        assert 4 * sent == received

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import uccl_fake
-from exchange_job import failed, on_ranks, whole
+from exchange_job import Steps, failed, on_ranks, whole
 
 from collectivex.backends import uccl_ep
 from collectivex.backends.base import Context, MissingLibrary
@@ -227,3 +227,15 @@ V3 = {"hidden": 7168, "topk": 8, "experts": 256}
 def test_limits_are_told_in_one_sentence(asked: Case, reason: str | None) -> None:
     """What the kernels are compiled for and what the extension asserts, answered without the library."""
     assert reason == Backend().why_not(asked)
+
+
+def test_nothing_is_freed_or_cleared_that_a_peer_may_still_read(monkeypatch) -> None:
+    """All ranks are done before a buffer is destroyed, and before and after its flags are cleared: neither
+    the kernel that clears them nor the one that comes next waits for the others."""
+    steps = Steps(monkeypatch)
+    steps.watch(uccl_fake._Buffer, "destroy")
+    steps.watch(uccl_fake._Buffer, "clean_low_latency_buffer")
+    steps.watch(uccl_fake._Buffer, "low_latency_dispatch")
+    run(monkeypatch, [case("ll", ranks=2), case("ll", ranks=2, experts=8)])
+    assert [["synchronize", "barrier"]] * 2 == steps.around("destroy")
+    assert [["synchronize", "barrier"] * 2] * 2 == steps.around("clean_low_latency_buffer", after=2)
