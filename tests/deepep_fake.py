@@ -425,6 +425,11 @@ class ElasticBuffer(Destroyable):
     ):
         need(not self.destroyed and num_sms > 0, "num_sms=0 with a handle raises in the library")
         self.sms.append(("dispatch", num_sms))
+        need(
+            expert_alignment == 1 or (handle is not None and expert_alignment is None),
+            "the fake pads no expert's rows",
+        )
+        need(not async_with_compute_stream, "the caller's stream must wait: nobody does for an event")
         check_input(x, topk_idx, topk_weights)
         values = x[0] if isinstance(x, tuple) else x
         need(
@@ -518,6 +523,7 @@ class ElasticBuffer(Destroyable):
     ):
         need(not self.destroyed, "destroyed")
         self.sms.append(("combine", num_sms))
+        need(not async_with_compute_stream, "the caller's stream must wait: nobody does for an event")
         need(x.dtype == torch.bfloat16 and x.is_contiguous(), "combine takes contiguous bf16")
         metadata, most = handle.recv_src_metadata, self.num_max_tokens_per_rank
         need(handle.do_expand or len(x) == len(metadata), "plain: as many rows as were received")
