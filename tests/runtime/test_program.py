@@ -166,9 +166,9 @@ def test_its_numbers_have_tables_of_their_own(bench: Any, tmp_path: Path, capsys
     bench()
     summary.command(argparse.Namespace(dirs=[str(tmp_path / "out")], format="text"))
     out = capsys.readouterr().out
-    assert "loop" in out
-    assert "fresh" not in out
-    assert "chained" not in out
+    assert "· loop ·" in out
+    assert "· fresh ·" not in out
+    assert "· chained ·" not in out
 
 
 @pytest.mark.parametrize(
