@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import deepep_fake
 import pytest
@@ -245,3 +247,15 @@ def test_only_the_host_wait_forbids_capture() -> None:
     assert {"normal": False, "cached": True, "low-latency": True} == {
         v.mode: v.graph_safe for v in FACTS.variants
     }
+
+
+def test_what_the_adapter_reads_of_the_library_is_there() -> None:
+    """Attributes of the handle and the buffer, the helper for the links, and the whole commit of the pin."""
+    recorded = deepep_fake.signatures("deepep-dd758ca")
+    source = Path(str(deepep.__file__)).read_text()
+    of_handle = set(re.findall(r"\bhandle\.(\w+)", source))
+    assert "num_sms" in of_handle
+    assert of_handle <= set(recorded["reads"]["EPHandle"])
+    assert "num_max_tokens_per_rank" in recorded["reads"]["ElasticBuffer"]
+    assert "utils.envs.get_nvlink_gbs" in recorded["reads"]
+    assert recorded["commit"].startswith(deepep.PIN)

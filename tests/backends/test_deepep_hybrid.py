@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import deepep_fake
 import pytest
@@ -197,3 +199,20 @@ def test_another_version_than_the_pinned_one_is_refused(said, taken, monkeypatch
     else:
         with pytest.raises(MissingLibrary, match=r"the adapter fits 1\.2\.1\+94a9f8f"):
             backend.setup(Context(None, ManualDevice()))
+
+
+def test_what_the_adapter_reads_of_the_library_is_there() -> None:
+    """Places in the tuples that are its handles, fields of its configuration, and the whole commit."""
+    recorded = deepep_fake.signatures("deepep_hybrid-94a9f8f")
+    reads = recorded["reads"]
+    assert (
+        "local_expert_routing_map"
+        == reads["dispatch: handle"][4]
+        == reads["dispatch_with_permute: handle"][4]
+    )
+    assert "tokens_per_expert" == reads["dispatch_with_permute: handle"][7]
+    source = Path(str(deepep_hybrid.__file__)).read_text()
+    applied = set(re.findall(r"\bapplied\.(\w+)", source))
+    assert applied
+    assert applied <= set(reads["configurer.buffer_config"])
+    assert recorded["commit"].startswith(deepep_hybrid.PIN)
